@@ -1,0 +1,127 @@
+"""Which implementation runs, on what chip, at which precision; and every private hook of torch's, in one room.
+
+The choice is the process's: `FUSEDACT_BACKEND`, read at the first call, then `set_backend` and `use_backend`.
+`auto` runs Triton for CUDA tensors from compute capability 8.0 and for ROCm tensors, PyTorch for everything else.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_chosen: str | None = None
+
+
+def get_backend() -> str:
+    """The backend in force: 'auto', 'triton' or 'torch'."""
+    return _chosen if _chosen is not None else _from_environment()
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for the whole process; ValueError for a name that is none."""
+    global _chosen
+    _chosen = _checked(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """The backend inside the `with` block, for the whole process; the former one after it."""
+    global _chosen
+    before, _chosen = _chosen, _checked(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _from_environment() -> str:
+    return _checked(os.environ.get("FUSEDACT_BACKEND", "auto"))
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether ops on x run Triton kernels. RuntimeError with the cause where 'triton' was asked for and cannot."""
+    name = get_backend()
+    if name == "torch" or (name == "auto" and not x.is_cuda):
+        return False
+    problem = triton_problem(x.device)
+    if problem is None:
+        return True
+    if name == "triton":
+        raise RuntimeError(f"backend 'triton' was asked for, but cannot run on {x.device}: {problem}")
+    _warn_once(problem)
+    return False
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on that device, or None where it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not import ({error})"
+    if triton.knobs.runtime.interpret:
+        return None if device.type in ("cpu", "cuda") else "the interpreter takes CPU tensors"
+    if device.type != "cuda":
+        return "Triton runs on GPUs (set TRITON_INTERPRET=1 before the first import to interpret it on a CPU)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0 or newer"
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"fusedact runs stock PyTorch operations: {problem}", RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def chip(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory a program may take, and threads in a warp. The interpreter plays Hopper."""
+    if device.type != "cuda":
+        return 227 * 1024, 32
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return shared, properties.warp_size
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """x's GPU made current where it is not: a launch goes to the current one."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s input_precision: float32 products follow torch's own setting, old or new."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The low precision of the autocast region that x is in, or None outside one."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@torch.compiler.assume_constant_result
+def transforming() -> bool:
+    """Inside vmap, grad, jvp or another functorch transform, or at a level of forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def dispatching(tensors: Iterable[Tensor]) -> bool:
+    """A dispatch mode is on (fake tensors, FLOP counting, selective checkpointing) or a subclass is among them."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in _PLAIN for t in tensors)

@@ -1,0 +1,75 @@
+"""Device helpers that two kernels share: transcendental functions, tile order, the last program to finish.
+
+The functions are written from `tl` primitives, which run alike in the interpreter, on NVIDIA and on AMD.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1, to the last digits where x is small (Kahan's quotient)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, to the last digits where x is small (Kahan's quotient)."""
+    u = tl.exp(x)
+    return tl.where(u == 1.0, x, tl.where(u < 1e-3, u - 1.0, (u - 1.0) * (x / tl.log(u))))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """-t / (2 + t) at t = expm1(-2|x|), which cancels nowhere."""
+    t = expm1(-2.0 * tl.abs(x))
+    magnitude = -t / (2.0 + t)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x between low and high; NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile's row and column when tiles are taken in groups of GROUP_M rows, which keeps operands in L2."""
+    group = tile // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def is_last_program(ticket_ptr, programs):
+    """Whether all other programs that share this ticket have finished their stores, which are then visible.
+
+    The barrier orders every warp's stores before the release; the last program sets the ticket back to 0 for
+    the next launch on the stream.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def ordered_sum(partial_ptr, rows, stride, cols, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column sums of partials (rows, ...), in the same order in every run; returns (BLOCK_N,)."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
+    for first in range(0, rows, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        ptrs = partial_ptr + row[:, None].to(tl.int64) * stride + cols[None, :]
+        total += tl.load(ptrs, mask=(row[:, None] < rows) & mask[None, :], other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
