@@ -48,6 +48,7 @@ def _checked(name: str) -> str:
     return name
 
 
+@functools.cache
 def _from_environment() -> str:
     return _checked(os.environ.get("FUSEDACT_BACKEND", "auto"))
 
@@ -66,9 +67,14 @@ def uses_triton(x: Tensor) -> bool:
     return False
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run on that device, or None where it can."""
+    """Why Triton cannot run on that device, or None where it can. Asked once per device."""
+    return _triton_problem(device)
+
+
+@functools.cache
+def _triton_problem(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError as error:
@@ -125,3 +131,12 @@ def transforming() -> bool:
 def dispatching(tensors: Iterable[Tensor]) -> bool:
     """A dispatch mode is on (fake tensors, FLOP counting, selective checkpointing) or a subclass is among them."""
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in _PLAIN for t in tensors)
+
+
+def overrides(t: Tensor) -> bool:
+    """A tensor subclass with a __torch_function__ of its own: torch's functions are what it knows how to take.
+
+    Not `has_torch_function`, which is also true inside `with torch.device(...)` and every other function mode.
+    """
+    kind = type(t)
+    return kind not in _PLAIN and kind.__torch_function__ is not torch._C._disabled_torch_function_impl

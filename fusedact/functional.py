@@ -7,7 +7,6 @@ operations, which answer, or raise torch's own error, before anything is launche
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from fusedact import autograd, backend
 from fusedact.activations import Activation, by_name, of_module
@@ -127,14 +126,14 @@ def binary_cross_entropy_with_logits(
     )
 
 
-def _on_triton(*tensors: Tensor | None) -> bool:
+def _on_triton(input: Tensor, *others: Tensor | None) -> bool:
     """All are plain strided tensors of one device on which Triton runs."""
-    given = [t for t in tensors if t is not None]
-    if not all(isinstance(t, Tensor) for t in given) or has_torch_function(given):
+    if not isinstance(input, Tensor) or not backend.uses_triton(input):
         return False
-    first = given[0]
-    return backend.uses_triton(first) and all(
-        t.device == first.device and t.layout == torch.strided for t in given
+    return all(
+        t.device == input.device and t.layout == torch.strided and not backend.overrides(t)
+        for t in (input, *others)
+        if t is not None
     )
 
 

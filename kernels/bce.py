@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import logsigmoid
-from .tiles import is_last_program, ordered_sum, sigmoid
+from .tiles import is_last_program, narrow, ordered_sum, sigmoid
 from .workspace import tickets
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
@@ -48,7 +48,7 @@ def _forward_kernel(
         target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
         loss = (1.0 - target) * x - logsigmoid(x)
         if partial_ptr is None:
-            tl.store(loss_ptr + offsets, loss.to(loss_ptr.dtype.element_ty), mask=mask)
+            tl.store(loss_ptr + offsets, narrow(loss, loss_ptr.dtype.element_ty), mask=mask)
         loss_sum += tl.where(mask, loss, 0.0)
 
     if partial_ptr is not None:
@@ -58,7 +58,7 @@ def _forward_kernel(
             total = tl.sum(ordered_sum(partial_ptr, programs, 1, one, one < 1, MAX_PROGRAMS, 1), 0)
             if MEAN:
                 total = total / n.to(ACCUMULATOR)
-            tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+            tl.store(loss_ptr, narrow(total, loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _backward_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
     target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
     dx = (sigmoid(x) - target) * dloss
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _accumulator(x):

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .activations import prelu_slope_grad
 from .linear import slope_stride
-from .tiles import is_last_program, ordered_sum
+from .tiles import is_last_program, narrow, ordered_sum
 from .workspace import tickets
 
 PROGRAMS = 1024  # enough to fill any chip in view several times
@@ -76,7 +76,7 @@ def _backward_kernel(
             dz = ACT_GRAD(dy, saved, slope[None, :])
         else:
             dz = ACT_GRAD(dy, saved, *params)
-        tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=mask)
         if db_ptr is not None:
             db += tl.where(mask, dz, 0.0)
         if dslope_ptr is not None:
@@ -92,7 +92,7 @@ def _backward_kernel(
         if is_last_program(tickets_ptr + pid_n, programs_m):
             if db_ptr is not None:
                 db_sum = ordered_sum(partial_ptr, programs_m, N, cols, mask_n, BLOCK_M, BLOCK_N)
-                tl.store(db_ptr + cols, db_sum.to(db_ptr.dtype.element_ty), mask=mask_n)
+                tl.store(db_ptr + cols, narrow(db_sum, db_ptr.dtype.element_ty), mask=mask_n)
             if dslope_ptr is not None:
                 slope_sum = ordered_sum(slope_partial_ptr, programs_m, N, cols, mask_n, BLOCK_M, BLOCK_N)
                 if ONE_SLOPE:
@@ -101,7 +101,7 @@ def _backward_kernel(
                         BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                 else:
-                    tl.store(dslope_ptr + cols, slope_sum.to(dslope_ptr.dtype.element_ty), mask=mask_n)
+                    tl.store(dslope_ptr + cols, narrow(slope_sum, dslope_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _sum_over_columns(
             block = (first + lanes).to(tl.int64)
             ptrs = partial_ptr + block * BLOCK_N
             total += tl.load(ptrs, mask=block < programs_n, other=0.0, cache_modifier=".cg")
-        tl.store(dslope_ptr, tl.sum(total, 0).to(dslope_ptr.dtype.element_ty))
+        tl.store(dslope_ptr, narrow(tl.sum(total, 0), dslope_ptr.dtype.element_ty))
 
 
 def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config):

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import is_last_program, ordered_sum
+from .tiles import is_last_program, narrow, ordered_sum
 from .workspace import tickets
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -117,7 +117,7 @@ def _forward_kernel(
             tl.store(stats_ptr + rows, m, mask=mask)
             tl.store(stats_ptr + N + rows, s, mask=mask)
         if partial_ptr is None:
-            tl.store(loss_ptr + rows, loss.to(loss_ptr.dtype.element_ty), mask=mask)
+            tl.store(loss_ptr + rows, narrow(loss, loss_ptr.dtype.element_ty), mask=mask)
         loss_sum += loss
         counted += counts.to(ACCUMULATOR)
 
@@ -132,7 +132,7 @@ def _forward_kernel(
             total = tl.sum(tl.where(which == 0, sums, 0.0), 0)
             if MEAN:
                 total = total / count
-            tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+            tl.store(loss_ptr, narrow(total, loss_ptr.dtype.element_ty))
             tl.store(count_ptr, count)
 
 
@@ -170,7 +170,7 @@ def _backward_kernel(
     p = tl.exp2((x - m[:, None]) * LOG2_E) / s[:, None]
     dx = tl.where(cols[None, :] == target[:, None], p - 1.0, p) * dloss[:, None]
     dx = tl.where((target != ignore_index)[:, None], dx, 0.0)
-    tl.store(dx_ptr + rows[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + rows[:, None] * C + cols[None, :], narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(x, target, ignore_index, reduction, config, save):

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from .activations import identity
-from .tiles import grouped_tile
+from .tiles import grouped_tile, narrow, widen
 
 ACCUMULATOR = {torch.float64: tl.float64}
-INTERPRETED = triton.knobs.runtime.interpret  # its dot multiplies bfloat16's bits as integers
 PROGRAMS_TO_FILL = 128  # about one program for each multiprocessor of the chips in view
 
 
@@ -67,7 +66,6 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,10 +91,7 @@ def _forward_kernel(
         else:
             x = tl.load(x_ptrs, mask=k[None, :] < K - first, other=0.0)
             w = tl.load(w_ptrs, mask=k[:, None] < K - first, other=0.0)
-        if WIDEN:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        z = tl.dot(x, w, z, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        z = tl.dot(widen(x), widen(w), z, input_precision=PRECISION, out_dtype=ACCUMULATOR)
         x_ptrs += x_step
         w_ptrs += w_step
 
@@ -105,13 +100,13 @@ def _forward_kernel(
     offsets = rows[:, None] * N + cols[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if z_ptr is not None:
-        tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptr + offsets, narrow(z, z_ptr.dtype.element_ty), mask=mask)
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + cols * stride_slope, mask=mask_n, other=0.0).to(ACCUMULATOR)
         y = ACT(z, slope[None, :])
     else:
         y = ACT(z, *params)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(x, w, b, act, params, slope, precision, config, save_z):
@@ -132,7 +127,7 @@ def forward(x, w, b, act, params, slope, precision, config, save_z):
         *x.stride(), *w.stride(), 0 if b is None else b.stride(0), slope_stride(slope),
         params,
         ACT=act, PRECISION=precision, ACCUMULATOR=ACCUMULATOR.get(x.dtype, tl.float32),
-        EVEN_K=K % config.block_k == 0, WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
+        EVEN_K=K % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=8,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

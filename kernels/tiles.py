@@ -6,6 +6,28 @@ The functions are written from `tl` primitives, which run alike in the interpret
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(x):
+    """x as `tl.dot` takes it: the interpreter's dot would multiply bfloat16's bits as integers."""
+    if INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x rounded to the dtype of a store: the interpreter would truncate to bfloat16."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
 
 @triton.jit
 def log1p(x):

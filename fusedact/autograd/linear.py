@@ -19,7 +19,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     from fusedact.kernels import activations, linear
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     config = linear.tile(*rows.shape, len(weight), x.element_size(), backend.chip(x.device)[0])
     with backend.on_device(x):
         y, z = linear.forward(
@@ -69,7 +69,7 @@ def _backward(
     act_grad = getattr(activations, f"{activation}_grad")
     if ACTIVATIONS[activation].from_output(*parameters):
         act_grad = getattr(activations, f"{activation}_grad_from_output", act_grad)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     (M, K), N = rows.shape, weight.shape[0]
     precision = backend.dot_precision(x.dtype)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fusedact import functional
+from fusedact import backend, functional
 from fusedact.activations import of_module
 from fusedact.nn.hooks import is_plain
 from fusedact.nn.linear import Linear
@@ -18,6 +18,8 @@ class Sequential(torch.nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
+        if not (isinstance(input, torch.Tensor) and backend.uses_triton(input)):
+            return super().forward(input)
         modules = list(self)
         at = 0
         while at < len(modules):

@@ -1,0 +1,85 @@
+"""What every test file shares: where kernels run, what memory nobody wrote holds, one oracle, a launch counter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which reads it
+
+import fusedact
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: compiled on a GPU, interpreted on a CPU."""
+    return DEVICE
+
+
+@pytest.fixture
+def triton_backend():
+    """Kernels, asked for by name, over memory that is NaN until somebody writes it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with fusedact.use_backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_accurate_as_torch():
+    """check(ours, torch's, truth): our error against the float64 truth is at most twice torch's own, plus 1e-6.
+
+    A handful of numbers is no norm but a few draws, of which torch's may be lucky: they get a rounding more.
+    """
+
+    def error(x, truth):
+        x, truth = x.detach().double().cpu(), truth.detach().double().cpu()
+        assert x.shape == truth.shape
+        assert torch.equal(x.isnan(), truth.isnan()), "NaN in other places than the truth's"
+        finite = truth.isfinite()
+        infinite = ~finite & ~truth.isnan()
+        assert torch.equal(x[infinite], truth[infinite]), "infinities in other places than the truth's"
+        x, truth = x[finite], truth[finite]
+        scale = truth.norm() if truth.norm() > 0 else 1.0
+        return ((x - truth).norm() / scale).item() if x.numel() else 0.0
+
+    def check(ours, stock, truth):
+        assert ours.dtype == stock.dtype
+        slack = 1e-6 + (torch.finfo(ours.dtype).eps if truth.numel() < 32 else 0)
+        assert error(ours, truth) <= 2 * error(stock, truth) + slack
+
+    return check
+
+
+class Launches:
+    """Kernel launches since the last `reset`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self) -> None:
+        self.count = 0
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Launches:
+    """Counts every launch, compiled or interpreted."""
+    if DEVICE == "cuda":
+        from triton.runtime.jit import JITFunction as launcher
+
+        method = "run"
+    else:
+        from triton.runtime.interpreter import GridExecutor as launcher
+
+        method = "__call__"
+    counter, original = Launches(), getattr(launcher, method)
+
+    def counted(self, *args, **kwargs):
+        counter.count += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(launcher, method, counted)
+    return counter
