@@ -42,7 +42,6 @@ class Activation:
             )
         return tuple(float(given.get(name, default)) for name, default in self.defaults)
 
-
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """torch's module for it, with the default parameters."""
         assert self.module is not None, self.name

@@ -61,11 +61,13 @@ def binary(rows: int = 1000, seed: int = 0, path: str | Path | None = None) -> t
 
 
 def xor(rows: int = 1000, seed: int = 0, path: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Random pairs of booleans and their exclusive or.
+    """Random pairs of booleans and their exclusive or, drawn after `binary`'s rows from the same generator.
 
     Returns x (rows, 2) and y (rows, 1), float32. The CSV's columns are x1, x2, y; all else is as in `binary`.
     """
-    pairs = np.random.default_rng(seed).integers(0, 2, (rows, 2)).astype(bool)
+    generator = np.random.default_rng(seed)
+    generator.integers(0, 101, (rows, 3))
+    pairs = generator.integers(0, 2, (rows, 2)).astype(bool)
     return _table(("x1", "x2", "y"), np.column_stack((pairs, pairs[:, 0] ^ pairs[:, 1])), path)
 
 

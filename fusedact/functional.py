@@ -61,7 +61,8 @@ def _linear_act(
     low = backend.autocast_dtype(input) if fused else None
     if low is not None:
         fused = act.low_precision
-        input, weight, bias, slope = (_lowered(t, low) for t in (input, weight, bias, slope))
+        input, weight = _lowered(input, low), _lowered(weight, low)
+        bias, slope = bias if bias is None else _lowered(bias, low), slope if slope is None else _lowered(slope, low)
     if fused and _linear_fits(input, weight, bias, slope):
         return autograd.linear_act(input, weight, bias, slope, act.name, list(values))
     z = F.linear(input, weight, bias)
@@ -94,9 +95,7 @@ def cross_entropy(
         elif backend.autocast_dtype(input) is not None:
             input = input.float()
         return autograd.cross_entropy(input, target, ignore_index, reduction)
-    return F.cross_entropy(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
+    return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 def binary_cross_entropy_with_logits(
@@ -121,9 +120,7 @@ def binary_cross_entropy_with_logits(
             input, target = input.float(), target.float()
         if _bce_fits(input, target, reduction):
             return autograd.bce_with_logits(input, target, reduction)
-    return F.binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight
-    )
+    return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
 
 
 def _on_triton(input: Tensor, *others: Tensor | None) -> bool:
@@ -137,9 +134,9 @@ def _on_triton(input: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _lowered(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every floating tensor but float64."""
-    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:

@@ -37,11 +37,12 @@ TILES = {
 def tile(M: int, N: int, K: int, itemsize: int, shared_memory: int) -> Tile:
     """The tile for an (M, K) by (K, N) product on a chip with that many bytes of shared memory a program."""
     for block_m, block_n, block_k, num_warps in TILES[itemsize]:
-        stage = (block_m + block_n) * block_k * itemsize
+        config = Tile(block_m, block_n, min(block_k, max(16, triton.next_power_of_2(K))), num_warps, num_stages=1)
+        stage = (config.block_m + config.block_n) * config.block_k * itemsize
         fits = 2 * stage <= shared_memory
         if fits and triton.cdiv(M, block_m) * triton.cdiv(N, block_n) >= PROGRAMS_TO_FILL:
             break
-    return Tile(block_m, block_n, block_k, num_warps, min(4, shared_memory // stage))
+    return config._replace(num_stages=min(4, shared_memory // stage))
 
 
 @triton.jit

@@ -109,7 +109,10 @@ def test_one_launch_forward_and_one_backward(device, launches):
     seed=st.integers(0, 9),
 )
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 def test_any_shape(shape, dtype, reduction, seed, device, as_accurate_as_torch):
     check(*inputs(shape, dtype, device, seed), as_accurate_as_torch, reduction)

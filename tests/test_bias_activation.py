@@ -33,9 +33,7 @@ def test_tickets_are_left_at_zero(device):
     """So that the next launch on the stream needs no launch to zero them."""
     dy, z = torch.randn(2, 300, 200, device=device)
     slope = torch.full((1,), 0.25, device=device)
-    bias_activation.backward(
-        dy, z, activations.prelu_grad, (), slope, True, True, bias_activation.tile(300, 200)
-    )
+    bias_activation.backward(dy, z, activations.prelu_grad, (), slope, True, True, bias_activation.tile(300, 200))
     assert not tickets(z.device, 1).any()
 
 

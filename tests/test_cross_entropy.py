@@ -191,7 +191,10 @@ def test_saves_the_logits_and_two_numbers_a_row(device):
     seed=st.integers(0, 9),
 )
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 def test_any_shape(N, C, dtype, reduction, seed, device, as_accurate_as_torch):
     logits, target = inputs(N, C, dtype, device, seed)

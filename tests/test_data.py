@@ -479,9 +479,7 @@ def test_download_refuses_a_fault_and_leaves_nothing(kind, mirrors, cache):
     assert "embedded" in data.mnist().source
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda packed: packed[:-1], lambda packed: flip(packed, -8), lambda _: b""]
-)
+@pytest.mark.parametrize("damage", [lambda packed: packed[:-1], lambda packed: flip(packed, -8), lambda _: b""])
 def test_download_mends_a_damaged_cache(damage, mirrors, cache):
     mirrors("good")
     data.mnist(download=True)

@@ -124,7 +124,10 @@ def test_empty(shape, device, as_accurate_as_torch):
     seed=st.integers(0, 9),
 )
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 def test_any_shape(shape, name, dtype, bias, seed, device, as_accurate_as_torch):
     x, weight, b, dy = tensors(*shape, dtype, device, bias, seed)
@@ -175,9 +178,7 @@ def test_what_is_saved(name, saves, device):
 
 def test_bitwise_the_same_from_run_to_run(device):
     x, weight, bias, dy = tensors(300, 40, 50, torch.float32, device)
-    runs = [
-        result_and_gradients(lambda *t: F.linear(*t, activation="silu"), (x, weight, bias), dy) for _ in range(2)
-    ]
+    runs = [result_and_gradients(lambda *t: F.linear(*t, activation="silu"), (x, weight, bias), dy) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -25,9 +25,7 @@ def _backward(
     from fusedact.kernels import bce
 
     with backend.on_device(logits):
-        dx = bce.backward(
-            dloss.contiguous(), logits.contiguous(), target.contiguous(), reduction, bce.tile()
-        )
+        dx = bce.backward(dloss.contiguous(), logits.contiguous(), target.contiguous(), reduction, bce.tile())
     return dx, logits.new_empty(0)
 
 

@@ -20,9 +20,7 @@ def _launch(
     from fusedact.kernels import cross_entropy
 
     with backend.on_device(logits):
-        loss, stats, count = cross_entropy.forward(
-            logits, target, ignore_index, reduction, _config(logits), save
-        )
+        loss, stats, count = cross_entropy.forward(logits, target, ignore_index, reduction, _config(logits), save)
     absent = [logits.new_empty(0) if t is None else t for t in (stats, count)]
     return loss, *absent
 

@@ -37,9 +37,7 @@ class Op:
     def register(self) -> Callable[..., Tensor]:
         """Register the op and its backward with torch; return the function that goes through the doors."""
         forward_op = _define(self.name, self.schema, self.launch, self.fake)
-        backward_op = _define(
-            f"{self.name}_backward", self.backward_schema, self.backward, self.backward_fake
-        )
+        backward_op = _define(f"{self.name}_backward", self.backward_schema, self.backward, self.backward_fake)
         torch.library.register_autograd(
             f"fusedact::{self.name}",
             lambda ctx, dy, *_: (*self._gradients(ctx, dy, backward_op), None),
@@ -77,7 +75,8 @@ class Op:
     def _gradients(
         self, ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]
     ) -> tuple[Tensor | None, ...]:
-        inputs, extras = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks each only once
+        inputs, extras = saved[: self.tensors], saved[self.tensors :]
         wanted = list(ctx.needs_input_grad[: self.tensors])
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dy)
@@ -104,8 +103,6 @@ def _differentiate(
     Each input is replaced by an alias of its own, so that no gradient flows from one to another behind it.
     """
     aliases = [x if x is None else x.view_as(x) for x in inputs]
-    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
-    grads = iter(
-        torch.autograd.grad(formula(*aliases), chosen, dy, create_graph=True, materialize_grads=True)
-    )
+    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
+    grads = iter(torch.autograd.grad(formula(*aliases), chosen, dy, create_graph=True, materialize_grads=True))
     return tuple(next(grads) if want else None for want in wanted)

@@ -20,7 +20,8 @@ def _launch(
     from fusedact.kernels import activations, linear
 
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    config = linear.tile(*rows.shape, len(weight), x.element_size(), backend.chip(x.device)[0])
+    M, K = rows.shape
+    config = linear.tile(M, len(weight), K, x.element_size(), backend.chip(x.device)[0])
     with backend.on_device(x):
         y, z = linear.forward(
             rows,
@@ -70,11 +71,12 @@ def _backward(
     if ACTIVATIONS[activation].from_output(*parameters):
         act_grad = getattr(activations, f"{activation}_grad_from_output", act_grad)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    (M, K), N = rows.shape, weight.shape[0]
+    M, N = len(rows), len(weight)
     precision = backend.dot_precision(x.dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        config = linear.tile(*a.shape, b.shape[1], x.element_size(), backend.chip(x.device)[0])
+        (rows, depth), cols = a.shape, b.shape[1]
+        config = linear.tile(rows, cols, depth, x.element_size(), backend.chip(x.device)[0])
         return linear.product(a, b, precision, config)
 
     want_x, want_weight, want_bias, want_slope = wanted

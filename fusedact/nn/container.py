@@ -1,6 +1,6 @@
 """Sequential, as torch.nn.Sequential, with each Linear and the activation after it as one op."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -25,9 +25,7 @@ class Sequential(torch.nn.Sequential):
         while at < len(modules):
             module = modules[at]
             if at + 1 < len(modules) and _is_pair(module, modules[at + 1]):
-                input = functional.linear(
-                    input, module.weight, module.bias, activation=modules[at + 1]
-                )
+                input = functional.linear(input, module.weight, module.bias, activation=modules[at + 1])
                 at += 2
             else:
                 input = module(input)
@@ -35,7 +33,7 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-def _is_pair(linear: torch.nn.Module, activation: torch.nn.Module) -> bool:
+def _is_pair(linear: torch.nn.Module, activation: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     kind = type(linear)
     if kind is not torch.nn.Linear and not (kind is Linear and linear.activation is None):
         return False

@@ -1,0 +1,203 @@
+"""The command line: every trainer in a clean folder, both layers compared, faults in one line."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from fusedact.__main__ import main
+from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def clean_folder(tmp_path, monkeypatch):
+    """An empty working folder and home; torch's threads are put back."""
+    home = tmp_path / "home"
+    home.mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def start(*args, **environment):
+    """`python -m fusedact` without Triton's interpreter."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "fusedact", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=inherited | environment,
+    )
+
+
+def metrics(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "printed"),
+    [
+        ("binary", ["--epochs", "2"], "-------------------"),
+        ("perceptron", ["--epochs", "2"], "tensor([["),
+        ("xor", ["--epochs", "2", "--layers", "stock"], "tensor([["),
+        ("worked", [], "known answers, to 6 digits"),
+        ("mnist-softmax", ["--epochs", "2"], "Epoch: 0002 cost = "),
+        ("mnist-mlp", ["--epochs", "2"], "the embedded subset of 4,000 + 1,000 images"),
+    ],
+)
+def test_train(clean_folder, capsys, name, args, printed):
+    assert main(["train", name, "--device", "cpu", "--out", "out", *args]) == 0
+    captured = capsys.readouterr()
+    assert printed in captured.out
+    assert captured.err == ""
+    out = clean_folder / "out"
+    layers = "stock" if "stock" in args else "fused"
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{name}-{layers}.pt",
+        f"{name}.csv",
+        f"{name}.png",
+    ]
+    assert (out / f"{name}.png").read_bytes().startswith(PNG)
+    rows = metrics(out / f"{name}.csv")
+    assert [row["epoch"] for row in rows] == (["1"] if name == "worked" else ["1", "2"])
+    assert all(float(row["cost"]) > 0 and float(row["step_seconds"]) > 0 for row in rows)
+    model = TRAINERS[name](LAYERS[layers], TRAINERS[name].defaults).model
+    model.load_state_dict(load_checkpoint(out / f"{name}-{layers}.pt"))
+
+
+def test_train_writes_nothing_unasked(clean_folder):
+    assert main(["train", "xor", "--epochs", "1"]) == 0
+    assert list(clean_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "epochs", "shown"), [("xor", 40, [1, 4, 8, 40]), ("mnist-mlp", 2, [1, 2])])
+def test_compare(clean_folder, capsys, name, epochs, shown):
+    assert main(["compare", name, "--epochs", str(epochs)]) == 0
+    printed = capsys.readouterr().out
+    for number in shown:
+        assert re.search(rf"cost, epoch {number} +│ +([\d.]+) │ +\1 │ +1\.0000 │", printed)
+    assert re.search(r"accuracy +│ +([\d.]+) │ +\1 │", printed)
+    assert re.search(r"time a step, median +│ +[\d.,]+ µs │ +[\d.,]+ µs │ +[\d.]+ │", printed)
+    out = clean_folder / "runs" / name
+    assert f"runs/{name}/{name}.png" in printed
+    assert (out / f"{name}.png").read_bytes().startswith(PNG)
+    assert [row["layers"] for row in metrics(out / f"{name}.csv")] == ["stock"] * epochs + ["fused"] * epochs
+    stock, fused = (load_checkpoint(out / f"{name}-{layers}.pt") for layers in LAYERS)
+    for parameter in stock:
+        torch.testing.assert_close(fused[parameter], stock[parameter])
+
+
+def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
+    for _ in range(2):
+        assert main(["train", "xor", "--epochs", "1", "--data", "xor.csv"]) == 0
+    first, second = capsys.readouterr().out.split("xor on fused layers")[1:]
+    assert first == second
+    assert (clean_folder / "xor.csv").read_text().startswith("x1,x2,y\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        ([], "Missing command"),
+        (["fly"], "No such command 'fly'"),
+        (["train"], "Missing argument 'NAME'"),
+        (
+            ["train", "or"],
+            "unknown trainer 'or', expected one of binary, perceptron, xor, worked, mnist-softmax",
+        ),
+        (["compare", "or"], "unknown trainer 'or'"),
+        (["train", "xor", "--layer", "stock"], "No such option: --layer"),
+        (["train", "xor", "--layers", "slow"], "'slow'"),
+        (["compare", "xor", "--layers", "stock"], "No such option: --layers"),
+        (["train", "xor", "--epochs", "0"], "greater than or equal to 1"),
+        (["train", "xor", "--epochs", "many"], "--epochs"),
+        (["train", "xor", "--batch-size", "1001"], "batch size 1001 exceeds the 1000 training rows"),
+        (["train", "xor", "--lr", "-1"], "--lr"),
+        (["train", "xor", "--seed", "-1"], "--seed"),
+        (["train", "xor", "--start", "1,two"], "could not convert string to float: 'two'"),
+        (["train", "xor", "--start", "1,2"], "the model starts from 9 numbers, received 2"),
+        (["train", "xor", "--device", "gpu"], "Expected one of cpu, cuda"),
+        (["train", "xor", "--device", "meta"], "meta"),
+        (["train", "xor", "--device", "cuda:99"], "cuda:99"),
+        (["train", "xor", "--out", "file"], "file: File exists"),
+        (["train", "xor", "--out", "file/under"], "file/under: Not a directory"),
+        (["train", "xor", "--data", "."], "Is a directory"),
+        (["train", "xor", "--data", "file"], "file, line 1, column 1"),
+        (["train", "mnist-mlp", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_fault_is_one_line(clean_folder, capsys, args, fault):
+    (clean_folder / "file").touch()
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fusedact: ")
+    assert captured.err.count("\n") == 1
+    assert fault in captured.err
+
+
+@pytest.mark.parametrize("name", ["none", "triton"])
+def test_impossible_backend_is_one_line(name):
+    process = start("train", "xor", "--device", "cpu", FUSEDACT_BACKEND=name)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("fusedact: ") and errors.count("\n") == 1
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "fusedact: rich not found: pip install fusedact[cli]\n"
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch      {torch.__version__}" in printed
+    assert "fused layers run" in printed
+
+
+def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
+    def interrupted(self):
+        yield from islice(epochs(self), 3)
+        self.model[0].weight.data.zero_()  # half an epoch more
+        raise KeyboardInterrupt
+
+    epochs = Xor.epochs
+    expected = Xor(LAYERS["fused"], Xor.defaults)
+    list(islice(expected.epochs(), 3))
+    monkeypatch.setattr(Xor, "epochs", interrupted)
+    assert main(["train", "xor", "--out", "out"]) == 130
+    assert len(metrics(clean_folder / "out" / "xor.csv")) == 3
+    kept = load_checkpoint(clean_folder / "out" / "xor-fused.pt")
+    assert torch.equal(kept["0.weight"], expected.model.state_dict()["0.weight"])
+    assert "out/xor-fused.pt" in capsys.readouterr().out
+
+
+def test_interrupted_process(clean_folder):
+    process = start("compare", "binary", "--device", "cpu", "--out", "out")
+    assert process.stdout.readline().startswith("binary on stock and fused layers; cpu, torch threads: 1;")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == ""
+    assert printed.splitlines() == [f"out/binary{end}" for end in (".png", ".csv", "-stock.pt", "-fused.pt")]
+    assert len(metrics(clean_folder / "out" / "binary.csv")) > 2
+    load_checkpoint(clean_folder / "out" / "binary-fused.pt")
