@@ -57,7 +57,7 @@ def _forward_kernel(
             one = tl.arange(0, 1)
             total = tl.sum(ordered_sum(partial_ptr, programs, 1, one, one < 1, MAX_PROGRAMS, 1), 0)
             if MEAN:
-                total = total / n.to(ACCUMULATOR)
+                total = total / tl.cast(n, ACCUMULATOR)
             tl.store(loss_ptr, narrow(total, loss_ptr.dtype.element_ty))
 
 
@@ -77,7 +77,7 @@ def _backward_kernel(
     mask = offsets < n
     dloss = tl.load(dloss_ptr + offsets * stride_dloss, mask=mask, other=0.0).to(ACCUMULATOR)
     if MEAN:
-        dloss = dloss / n.to(ACCUMULATOR)
+        dloss = dloss / tl.cast(n, ACCUMULATOR)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
     target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
     dx = (sigmoid(x) - target) * dloss

@@ -47,7 +47,7 @@ def _backward_kernel(
     stride_dym,
     stride_dyn,
     stride_slope,
-    params,
+    act_params,  # a tuple; the name `params` is taken by the function that Triton makes of the signature
     ACT_GRAD: tl.constexpr,
     ONE_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,7 +75,7 @@ def _backward_kernel(
         if slope_ptr is not None:
             dz = ACT_GRAD(dy, saved, slope[None, :])
         else:
-            dz = ACT_GRAD(dy, saved, *params)
+            dz = ACT_GRAD(dy, saved, *act_params)
         tl.store(dz_ptr + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=mask)
         if db_ptr is not None:
             db += tl.where(mask, dz, 0.0)

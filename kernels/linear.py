@@ -62,7 +62,7 @@ def _forward_kernel(
     stride_wk,
     stride_b,
     stride_slope,
-    params,
+    act_params,  # a tuple; the name `params` is taken by the function that Triton makes of the signature
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -106,7 +106,7 @@ def _forward_kernel(
         slope = tl.load(slope_ptr + cols * stride_slope, mask=mask_n, other=0.0).to(ACCUMULATOR)
         y = ACT(z, slope[None, :])
     else:
-        y = ACT(z, *params)
+        y = ACT(z, *act_params)
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 

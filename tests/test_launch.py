@@ -1,0 +1,37 @@
+"""The host side of every launch, for a GPU that is not there: tests/dry_launch.py in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("dry_launch.py")
+LINEAR = "forward backward forward forward"  # y; dz, db and slope; dx; dW
+LOSS = "forward backward"
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """{case: its launches}"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(line.split(": ") for line in done.stdout.splitlines())
+
+
+@pytest.mark.xdist_group("compiles")
+def test_every_case_is_accepted_and_launches_what_is_stated(lines):
+    losses = [name for name in lines if "class" in name or name.startswith("bce")]
+    assert len(losses) == 8
+    for name, launched in lines.items():
+        if name == "network and loss":
+            assert launched.split().count("forward") == 2 + 1 + 2 + 1  # y, loss; dx and dW; the first layer's dW
+        elif name == "every activation":
+            assert len(launched.split()) % 4 == 0
+        else:
+            assert launched == (LOSS if name in losses else LINEAR), name
