@@ -62,7 +62,6 @@ class Trainer(ABC):
 
     name: ClassVar[str]
     defaults: ClassVar[Settings]
-    threads: ClassVar[int | None] = 1  # on a CPU; two stall on networks this small. None: torch's choice
     cost_dtype: ClassVar[torch.dtype] = torch.float32  # the tutorial adds up tensors
 
     source: str  # of the data, in words

@@ -16,7 +16,6 @@ class MnistSoftmax(Trainer):
 
     name = "mnist-softmax"
     defaults = Settings(epochs=15, batch_size=100, lr=1e-3, seed=777)
-    threads = None
     cost_dtype = torch.float64  # the tutorial adds up Python's numbers
     sample_seed: ClassVar[int] = 777
 
