@@ -1,4 +1,4 @@
-"""Which implementation runs, on what chip, at which precision; and every private hook of torch's, in one room.
+"""Which implementation runs, on what chip, at which precision; and what the doors ask of torch's private state.
 
 The choice is the process's: `FUSEDACT_BACKEND`, read at the first call, then `set_backend` and `use_backend`.
 `auto` runs Triton for CUDA tensors from compute capability 8.0 and for ROCm tensors, PyTorch for everything else.

@@ -134,10 +134,10 @@ def test_transforms_take_torchs_formula(transform, device, triton_backend):
     torch.testing.assert_close(apply(ours), apply(stock))
 
 
-def test_fake_tensors_take_the_op(triton_backend):
+def test_fake_tensors_take_the_op(device, triton_backend):
     from torch._subclasses import FakeTensorMode
 
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device(device):
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
         loss = F.cross_entropy(model(torch.empty(7, 5)), torch.zeros(7, dtype=torch.int64))
         loss.backward()
@@ -278,9 +278,11 @@ def test_gradient_penalty_in_the_style_of_wgan_gp(device, triton_backend):
     ],
     ids=["dtype", "in_features", "0-d", "3-D weight", "bias length", "list"],
 )
-def test_bad_input_is_torchs_error(make, kind, message, name, launches):
+def test_bad_input_is_torchs_error(make, kind, message, name, device, launches):
+    with torch.device(device):
+        tensors = make()
     with fusedact.use_backend(name), pytest.raises(kind, match=message):
-        F.linear(*make(), activation="relu")
+        F.linear(*tensors, activation="relu")
     assert launches.count == 0
 
 
@@ -294,19 +296,20 @@ def test_bad_input_is_torchs_error(make, kind, message, name, launches):
     ],
     ids=["1-D weight", "bias (1,)", "bias (4, 2)", "sparse"],
 )
-def test_what_stock_accepts_is_accepted(make, triton_backend):
-    tensors = make()
+def test_what_stock_accepts_is_accepted(make, device, triton_backend):
+    with torch.device(device):
+        tensors = make()
     torch.testing.assert_close(F.linear(*tensors, activation="relu"), torch.nn.functional.linear(*tensors).relu())
 
 
-def test_labels_of_a_wrong_kind_are_torchs_error(triton_backend):
-    logits = torch.randn(4, 3)
+def test_labels_of_a_wrong_kind_are_torchs_error(device, triton_backend):
+    logits = torch.randn(4, 3, device=device)
     with pytest.raises(RuntimeError, match=r"expected target dtype to be Long or Byte|expected scalar type Long"):
-        F.cross_entropy(logits, torch.zeros(4, dtype=torch.int32))
+        F.cross_entropy(logits, torch.zeros(4, dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
-        F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64), reduction="foo")
+        F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device=device), reduction="foo")
     with pytest.raises(ValueError, match=r"batch_size \(4\) to match target batch_size \(3\)"):
-        F.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
+        F.cross_entropy(logits, torch.zeros(3, dtype=torch.int64, device=device))
 
 
 def test_deepcopy_of_a_trained_model(device, triton_backend):

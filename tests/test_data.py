@@ -129,7 +129,7 @@ def test_csv_is_the_tutorials(tmp_path):
     data.binary(rows=3, seed=0, path=tmp_path / "binary.csv")
     data.xor(rows=2, seed=0, path=tmp_path / "xor.csv")
     assert (tmp_path / "binary.csv").read_text() == "x,y,z,pass\n85,64,51,True\n27,31,4,False\n7,1,17,False\n"
-    assert (tmp_path / "xor.csv").read_text() == "x1,x2,y\nTrue,True,False\nTrue,False,True\n"
+    assert (tmp_path / "xor.csv").read_text() == "x1,x2,y\nFalse,False,False\nFalse,True,True\n"
 
 
 @pytest.mark.parametrize(

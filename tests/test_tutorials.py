@@ -305,7 +305,7 @@ def run(monkeypatch, tmp_path, capsys):
 def test_trains_with_stocks_costs(name, run):
     epochs = 5 if name in ("S1", "S3") else 2
     (_, ours), (_, stock) = run(name, True, epochs), run(name, False, epochs)
-    assert len(ours) == epochs and ours == pytest.approx(stock, rel=1e-6 if torch.cuda.is_available() else 0)
+    assert len(ours) == epochs and ours == pytest.approx(stock, rel=1e-3 if torch.cuda.is_available() else 0)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
