@@ -1,34 +1,49 @@
+# Needs Python 3.11 or newer: `make PYTHON=python3.12 demo` where python3 is older. On a CUDA machine the same pins
+# install torch's CUDA build.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py bias_activation.py cross_entropy.py bce.py codegen.py launch.py)
 
 .PHONY: demo test test-oldest lint bench
 
-# Each environment is made once, and again when what it is made from changes.
-$(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gpu,cli,dev]"
-	touch $@
-
-$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[gpu,cli,dev]"
-	touch $@
-
 demo: $(VENV)/ready
-	$(BIN)/python -m fusedact compare mnist-mlp --out runs/demo
+	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/kernels
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup $(KERNEL_PROOFS)
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(VENV)/bin/python bench/gpu.py $(ARGS)
+
+# Each environment is made once, and again when what it is made from changes.
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fusedact needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
+		echo "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(@D): torch, Triton and the tools, which takes minutes where torch is not cached"
+	$(PYTHON) -m venv $(@D)
+endef
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(make_venv)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev]"
+	touch $@
+
+# Triton last and alone: a CUDA build of torch asks for the Triton that it came with.
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+	$(make_venv)
+	grep -v ^triton== constraints-oldest.txt >$(OLDEST)/others.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/others.txt setuptools
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/others.txt --no-build-isolation --editable ".[cli,dev]"
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps "$$(grep ^triton== constraints-oldest.txt)"
+	touch $@

@@ -1,9 +1,9 @@
 """torch.nn with every linear+activation and every classification loss as one fused kernel."""
 
-from fusedact import functional as functional
 from fusedact import nn as nn
 from fusedact.backend import get_backend as get_backend
 from fusedact.backend import set_backend as set_backend
 from fusedact.backend import use_backend as use_backend
+from fusedact.nn import functional as functional
 
 __version__ = "0.1.0"

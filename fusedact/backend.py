@@ -7,8 +7,9 @@ The choice is the process's: `FUSEDACT_BACKEND`, read at the first call, then `s
 import functools
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _chosen: str | None = None
+_Result = TypeVar("_Result")
 
 
 def get_backend() -> str:
@@ -53,6 +55,12 @@ def _from_environment() -> str:
     return _checked(os.environ.get("FUSEDACT_BACKEND", "auto"))
 
 
+def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo and Triton to set this one flag."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether ops on x run Triton kernels. RuntimeError with the cause where 'triton' was asked for and cannot."""
     name = get_backend()
@@ -67,7 +75,7 @@ def uses_triton(x: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on that device, or None where it can. Asked once per device."""
     return _triton_problem(device)
@@ -122,7 +130,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def transforming() -> bool:
     """Inside vmap, grad, jvp or another functorch transform, or at a level of forward-mode AD."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
