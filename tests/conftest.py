@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which reads it
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
 import fusedact
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+settings.register_profile(
+    "kernels",
+    max_examples=10 if DEVICE == "cuda" else 40,  # on a GPU most examples are a compilation
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("kernels")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedact import functional as F
@@ -189,12 +189,6 @@ def test_saves_the_logits_and_two_numbers_a_row(device):
     dtype=st.sampled_from(DTYPES),
     reduction=st.sampled_from(REDUCTIONS),
     seed=st.integers(0, 9),
-)
-@settings(
-    max_examples=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
 )
 def test_any_shape(N, C, dtype, reduction, seed, device, as_accurate_as_torch):
     logits, target = inputs(N, C, dtype, device, seed)

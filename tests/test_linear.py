@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedact import functional as F
@@ -122,12 +122,6 @@ def test_empty(shape, device, as_accurate_as_torch):
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
     seed=st.integers(0, 9),
-)
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
 )
 def test_any_shape(shape, name, dtype, bias, seed, device, as_accurate_as_torch):
     x, weight, b, dy = tensors(*shape, dtype, device, bias, seed)

@@ -1,0 +1,259 @@
+"""The cases table, one line each, and per op what runs: its module, its formula, its least bytes and FLOPs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedact
+from fusedact.activations import ACTIVATIONS
+
+PHASES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype.
+
+    shape: linear_act (M, N, K), cross_entropy (rows, classes), bce_with_logits (elements,)
+    precision: torch's float32 matmul precision
+    threshold: the least ratio to stock eager, in device time of each phase and in wall time of both
+    target: the ratio of both phases that a later version promises
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    activation: str = ""
+    precision: str = "highest"
+    threshold: float = 0.97
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        high = self.precision if self.precision != "highest" else None
+        return " ".join(filter(None, (self.op, self.activation, shape, self.dtype, high)))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def matrix_rate(self) -> str | None:
+        """The ceiling that its FLOPs meet, or None where only bytes count."""
+        if self.op != "linear_act":
+            return None
+        kind = "bf16" if self.dtype == "bfloat16" else "tf32" if self.precision == "high" else "fp32"
+        return f"{kind}, TFLOP/s"
+
+    def work(self, phase: str) -> "Work":
+        op = OPS[self.op]
+        if phase == "both":
+            return op.forward(self) + op.backward(self)
+        return getattr(op, phase)(self)
+
+    def tiny(self) -> "Case":
+        """The same code at a shape for a dry run."""
+        return replace(self, shape=tuple(min(n, 40) for n in self.shape), target=None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A whole training step of a trainer, optimizer included, on stock and on fused layers."""
+
+    system: str
+    trainer: str
+    threshold: float = 0.97
+
+    @property
+    def name(self) -> str:
+        return f"{self.system} {self.trainer}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a phase can do: every input read once, every output written once; one FLOP per operation."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Op:
+    """module(nn, case) on `torch.nn` or `fusedact.nn`; inputs(case), the first of which wants a gradient;
+    formula(case)(*inputs, *parameters) is the same in torch's functions, for the compiler and for the truth.
+    """
+
+    module: Callable[[ModuleType, Case], torch.nn.Module]
+    inputs: Callable[[Case], tuple[Tensor, ...]]
+    formula: Callable[[Case], Callable[..., Tensor]]
+    forward: Callable[[Case], Work]
+    backward: Callable[[Case], Work]
+
+
+def _linear_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    _, N, K = case.shape
+    return nn.Sequential(nn.Linear(K, N), ACTIVATIONS[case.activation].build())
+
+
+def _linear_formula(case: Case) -> Callable[..., Tensor]:
+    activation = ACTIVATIONS[case.activation]
+    parameters = activation.parameters({})
+    return lambda x, w, b: activation.reference(F.linear(x, w, b), *parameters)
+
+
+def _linear_forward(case: Case) -> Work:
+    """Reads x, W and b, writes y, and z where the derivative is taken from it."""
+    M, N, K = case.shape
+    activation = ACTIVATIONS[case.activation]
+    results = 1 if activation.from_output(*activation.parameters({})) else 2
+    return Work((M * K + N * K + N + results * M * N) * case.torch_dtype.itemsize, 2 * M * N * K)
+
+
+def _linear_backward(case: Case) -> Work:
+    """Reads dy, y or z, x and W, writes dx, dW and db."""
+    M, N, K = case.shape
+    return Work((2 * M * N + 2 * M * K + 2 * N * K + N) * case.torch_dtype.itemsize, 4 * M * N * K)
+
+
+def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Callable[[Case], Work]:
+    """Passes over the logits' shape and operations on each element, with a label a row."""
+
+    def work(case: Case) -> Work:
+        elements = prod(case.shape)
+        moved = (reads + writes) * elements * case.torch_dtype.itemsize
+        return Work(moved + label_bytes * case.shape[0], flops * elements)
+
+    return work
+
+
+OPS = {
+    "linear_act": Op(
+        module=_linear_module,
+        inputs=lambda case: (torch.randn(case.shape[0], case.shape[2], dtype=case.torch_dtype),),
+        formula=_linear_formula,
+        forward=_linear_forward,
+        backward=_linear_backward,
+    ),
+    "cross_entropy": Op(
+        module=lambda nn, case: nn.CrossEntropyLoss(),
+        inputs=lambda case: (
+            torch.randn(case.shape, dtype=case.torch_dtype),
+            torch.randint(case.shape[1], case.shape[:1]),
+        ),
+        formula=lambda case: F.cross_entropy,
+        forward=_loss_work(1, 0, flops=4, label_bytes=8),  # maximum, difference, exponential, sum
+        backward=_loss_work(1, 1, flops=4, label_bytes=8),  # difference, exponential, two products
+    ),
+    "bce_with_logits": Op(
+        module=lambda nn, case: nn.BCEWithLogitsLoss(),
+        inputs=lambda case: (
+            torch.randn(case.shape, dtype=case.torch_dtype),
+            torch.rand(case.shape, dtype=case.torch_dtype),
+        ),
+        formula=lambda case: F.binary_cross_entropy_with_logits,
+        forward=_loss_work(2, 0, flops=8),  # 1 - t, product, |x|, exponential, logarithm, minimum, two sums
+        backward=_loss_work(2, 1, flops=5),  # exponential, sum, quotient, difference, product
+    ),
+}
+
+# In order of worth: where time is short, the last are skipped.
+# fmt: off
+CASES = (
+    Case("linear_act", (4096, 4096, 4096), "bfloat16", "relu"),
+    Case("linear_act", (4096, 4096, 4096), "float32", "relu", target=1.8),
+    Case("cross_entropy", (4096, 32000), "bfloat16", target=2.0),
+    Case("cross_entropy", (4096, 32000), "float32", target=2.0),
+    Case("bce_with_logits", (2**26,), "float32", target=3.9),
+    Case("linear_act", (100, 256, 784), "float32", "relu"),
+    Case("linear_act", (64, 1, 3), "float32", "sigmoid"),
+    Case("linear_act", (8192, 8192, 8192), "bfloat16", "relu"),
+    Case("linear_act", (4096, 4096, 4096), "float32", "relu", "high"),
+    Case("linear_act", (4096, 4096, 4096), "bfloat16", "gelu"),
+    Case("linear_act", (4096, 4096, 4096), "bfloat16", "silu"),
+    Case("linear_act", (4096, 4096, 4096), "bfloat16", "sigmoid"),
+    Case("linear_act", (2048, 1024, 1024), "bfloat16", "relu"),
+    Case("linear_act", (2048, 1024, 1024), "float32", "relu"),
+    Case("linear_act", (100, 256, 784), "bfloat16", "relu"),
+    Case("linear_act", (64, 1, 3), "bfloat16", "sigmoid"),
+    Case("cross_entropy", (4096, 128256), "bfloat16", target=2.0),
+    Case("cross_entropy", (4096, 128256), "float32", target=2.0),
+    Case("cross_entropy", (32768, 1000), "bfloat16", target=2.0),
+    Case("cross_entropy", (32768, 1000), "float32", target=2.0),
+    Case("cross_entropy", (32768, 32000), "bfloat16", target=2.0),
+    Case("cross_entropy", (4096, 10), "float32"),
+    Case("cross_entropy", (4096, 10), "bfloat16"),
+    Case("cross_entropy", (4096, 1000), "float32"),
+    Case("cross_entropy", (4096, 1000), "bfloat16"),
+    Case("cross_entropy", (32768, 10), "float32"),
+    Case("cross_entropy", (32768, 10), "bfloat16"),
+    Case("bce_with_logits", (2**26,), "bfloat16", target=3.9),
+    Case("bce_with_logits", (2**12,), "float32"),
+    Case("bce_with_logits", (2**12,), "bfloat16"),
+    Case("cross_entropy", (32768, 32000), "float32", target=2.0),
+    Case("cross_entropy", (32768, 128256), "bfloat16", target=2.0),
+    Case("cross_entropy", (32768, 128256), "float32", target=2.0),
+    Case("linear_act", (8192, 8192, 8192), "float32", "relu", "high"),
+    Case("linear_act", (8192, 8192, 8192), "float32", "relu", target=1.8),
+)
+# fmt: on
+
+STEPS = (Step("S1", "binary"), Step("S3", "xor"), Step("S5", "mnist-softmax"), Step("S6", "mnist-mlp"))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A function, the arguments it is called with, and those of them that want a gradient."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Tensor, ...]
+    wanted: tuple[Tensor, ...]
+
+    def forward(self) -> Tensor:
+        return self.function(*self.args)
+
+    def gradients(self, y: Tensor, dy: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.wanted, dy, retain_graph=retain_graph)
+
+    def call(self, phase: str, dy: Tensor) -> Callable[[], object]:
+        """The phase as a call without arguments; for the backward alone, forward runs here."""
+        if phase == "forward":
+            return self.forward
+        if phase == "both":
+            return lambda: self.gradients(self.forward(), dy)
+        y = self.forward()
+        return lambda: self.gradients(y, dy, retain_graph=True)
+
+
+def contenders(case: Case, seed: int, compiled: Callable[..., Tensor] | None = None) -> dict[str, Contender]:
+    """Stock and fused modules, and the compiled formula, over the same fresh inputs and parameters.
+
+    Everything lands on torch's default device.
+    """
+    torch.manual_seed(seed)
+    op = OPS[case.op]
+    x, *others = op.inputs(case)
+    inputs = (x.requires_grad_(), *others)
+    stock, fused = (op.module(nn, case).to(case.torch_dtype) for nn in (torch.nn, fusedact.nn))
+    fused.load_state_dict(stock.state_dict(), assign=True)
+    parameters = tuple(stock.parameters())
+    runs = {
+        "stock": Contender(stock, inputs, (x, *parameters)),
+        "fusedact": Contender(fused, inputs, (x, *fused.parameters())),
+    }
+    if compiled is not None:
+        runs["compile"] = Contender(compiled, (*inputs, *parameters), (x, *parameters))
+    return runs
+
+
+def output_gradient(y: Tensor) -> Tensor:
+    """dy: 1 for a loss, as training has it, else random."""
+    return torch.randn_like(y) if y.dim() else torch.ones_like(y)

@@ -1,0 +1,471 @@
+"""Everything a CUDA machine can tell, in one command: tests, ceilings, ops, training steps; a record of it all.
+
+python bench/gpu.py [--budget SECONDS] [--only SECTION] [--tests-only] [--dry-run]
+
+The record and its tables go to bench/results, or to $OUT where that is set. Every unit of work is done by a worker
+process: what crashes, hangs or loses the device costs that unit alone. Where .git is absent, FUSEDACT_COMMIT names
+the commit.
+"""
+
+import argparse
+import faulthandler
+import gc
+import importlib.util
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from threading import Timer
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import report  # noqa: E402  (found through the line above)
+
+SILENCE = 90  # seconds that a unit may take before it counts as hung
+GRACE = 10  # seconds past its section's limit that a unit may finish in
+COMPILING = 2.5  # seconds for each case left from which on torch.compile takes part
+WARMERS = 6  # processes that fill the compilers' caches together
+WARM_BYTES = 3e9  # of a forward: larger cases together could fill the device
+WORKER = [sys.executable, __file__, "--worker"]
+
+
+@dataclass
+class Run:
+    """One call of this command: its record so far, and where it is shown."""
+
+    dry: bool
+    console: Console
+    progress: Progress
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        line = f"{'DRY RUN ' if self.dry else ''}{text}"
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def environment(self) -> dict[str, str]:
+        """For a child process: this tree importable, nobody's choice of backend or test options, no GPU if dry."""
+        dropped = ("TRITON_INTERPRET", "FUSEDACT_BACKEND", "PYTEST_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+        dry = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.dry else {}
+        # One thread: each of a dozen processes would start a pool of its own.
+        return kept | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"} | dry
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the run, and its share of the time that it and those after it have."""
+
+    name: str
+    run: Callable[[Run, float], dict]
+    share: float
+    dry_only: bool = False
+
+
+def tests(run: Run, deadline: float) -> dict:
+    """The test suite on the GPU, not interpreted; a dry run collects it only."""
+    if run.dry:
+        return _collected(run)
+    junit = Path(tempfile.mkdtemp(), "junit.xml")
+    # This command's own tests run it dry, on the CPU: nothing to learn here.
+    command = [sys.executable, "-m", "pytest", "tests", "--ignore=tests/test_bench.py", f"--junitxml={junit}"]
+    if importlib.util.find_spec("xdist"):  # they wait for Triton's compiler, so for cores
+        command += ["-n", str(max(2, (os.cpu_count() or 2) * 3 // 4)), "--dist=worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += [f"--timeout={2 * SILENCE}", "--timeout-method=thread"]
+    log = junit.with_name("log")
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=run.environment(), stdout=out, stderr=out)
+        stopped = _stopped_at(process, deadline)
+    found = _outcomes(junit) if junit.exists() else {}
+    if stopped:
+        return found | {"error": "stopped at its time limit, what had finished is counted"}
+    if process.returncode and not found.get("failed"):
+        return found | {"error": f"pytest ended with {process.returncode}: {_tail(log.read_text())}"}
+    return found
+
+
+def _stopped_at(process: subprocess.Popen, deadline: float) -> bool:
+    """Waits; at the deadline interrupts pytest, which then still writes what it knows."""
+    for signal_sent, patience in ((signal.SIGINT, deadline - time.time()), (signal.SIGKILL, 20)):
+        try:
+            process.wait(max(patience, 0))
+            return signal_sent == signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal_sent)
+    process.wait()
+    return True
+
+
+def _outcomes(junit: Path) -> dict:
+    """Counts, and of each test that failed its name and the first line of why."""
+    cases = list(ElementTree.parse(junit).iter("testcase"))
+    failures = {}
+    for case in cases:
+        for fault in (*case.iter("failure"), *case.iter("error")):
+            first = (fault.get("message") or fault.text or "").strip().partition("\n")[0]
+            failures[f"{case.get('classname')}.{case.get('name')}"] = first[:200]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {
+        "passed": len(cases) - len(failures) - skipped,
+        "failed": len(failures),
+        "skipped_tests": skipped,
+        "failures": failures,
+    }
+
+
+def _collected(run: Run) -> dict:
+    command = [sys.executable, "-m", "pytest", "tests", "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, env=run.environment(), capture_output=True, text=True)
+    found = re.search(r"(\d+) tests collected", done.stdout)
+    if done.returncode or not found:
+        return {"error": f"pytest ended with {done.returncode}: {_tail(done.stdout + done.stderr)}"}
+    return {"collected": int(found[1])}
+
+
+def ceilings(run: Run, deadline: float) -> dict:
+    from bench.measure import CEILINGS  # in here, as below: what does not import costs its own section only
+
+    return _units(run, "ceilings", list(CEILINGS), deadline, _interpreted(run))
+
+
+def ops(run: Run, deadline: float) -> dict:
+    """Every case, right first, then against stock and torch.compile, after a common filling of compile caches."""
+    cases = _cases(run.dry)
+    small = [name for name, case in cases.items() if case.work("forward").bytes < WARM_BYTES]
+    warmers = min(WARMERS, max(1, (os.cpu_count() or 1) // 2))
+    warm_until = time.time() + 0.3 * (deadline - time.time())
+    with ThreadPoolExecutor(warmers) as pool:
+        parts = pool.map(lambda i: _units(run, "warm", small[i::warmers], warm_until, quiet=True), range(warmers))
+        first_calls = {name: result for part in parts for name, result in part["results"].items()}
+    run.say(f"first calls of {len(first_calls)} cases compiled")
+    backend = {"FUSEDACT_BACKEND": "torch"} if run.dry else {}
+    return _units(run, "ops", list(cases), deadline, backend) | {"first_calls": first_calls}
+
+
+def interpreted(run: Run, deadline: float) -> dict:
+    """In place of a GPU: the kernels' results, interpreted."""
+    return _units(run, "check", list(_cases(run.dry)), deadline, {"FUSEDACT_BACKEND": "triton"} | _interpreted(run))
+
+
+def steps(run: Run, deadline: float) -> dict:
+    from bench.cases import STEPS
+
+    return _units(run, "steps", [step.name for step in STEPS], deadline)
+
+
+SECTIONS = (
+    Section("tests", tests, 0.40),
+    Section("ceilings", ceilings, 0.07),
+    Section("ops", ops, 0.43),
+    Section("steps", steps, 0.10),
+    Section("interpreted", interpreted, 0.10, dry_only=True),
+)
+
+
+def _interpreted(run: Run) -> dict[str, str]:
+    return {"TRITON_INTERPRET": "1"} if run.dry else {}
+
+
+def _cases(dry: bool) -> dict:
+    from bench.cases import CASES
+
+    cases = dict.fromkeys(case.tiny() for case in CASES) if dry else CASES
+    return {case.name: case for case in cases}
+
+
+def _units(
+    run: Run,
+    kind: str,
+    names: list[str],
+    deadline: float,
+    environment: dict[str, str] | None = None,
+    quiet: bool = False,
+) -> dict:
+    """What a worker makes of the units; where it dies, another takes what is left."""
+    found: dict[str, Any] = {"results": {}, "errors": {}, "skipped": {}}
+    left = list(names)
+    bar = run.progress.add_task(kind, total=len(names), visible=not quiet)
+    while left and time.time() < deadline:
+        job = {"kind": kind, "names": left, "dry": run.dry, "deadline": deadline}
+        begun = None
+        with tempfile.TemporaryFile("w+") as log:
+            with _worker(job, run.environment() | (environment or {}), log) as process:
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    begun = answer["unit"]
+                    if "outcome" in answer:
+                        left.remove(begun)
+                        found[answer["outcome"]][begun] = answer["value"]
+                        run.progress.advance(bar)
+                        if not quiet:
+                            run.say(f"{kind}: {begun}: {_in_short(answer)}")
+            log.seek(0)
+            ended = f"its process ended with {process.returncode}: {_tail(log.read())}"
+        if begun is None:
+            found["error"] = ended
+            break
+        if begun in left:
+            left.remove(begun)
+            found["errors"][begun] = ended
+    found["skipped"] |= dict.fromkeys(left, "no worker or no time left")
+    run.progress.remove_task(bar)
+    return found
+
+
+@contextmanager
+def _worker(job: dict, environment: dict[str, str], log: IO[str]) -> Iterator[subprocess.Popen]:
+    """A worker at the job. One that does not end itself in time, stuck in the driver perhaps, is killed."""
+    command = [*WORKER, json.dumps(job)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment)
+    overdue = Timer(max(0, job["deadline"] - time.time()) + 2 * GRACE, process.kill)
+    overdue.start()
+    try:
+        with process:
+            yield process
+    finally:
+        overdue.cancel()
+
+
+def _in_short(answer: dict) -> str:
+    value = answer["value"]
+    if answer["outcome"] != "results" or not isinstance(value, dict) or "verdict" not in value:
+        return f"{'' if answer['outcome'] == 'results' else answer['outcome'] + ' '}{value}"
+    ratios = []
+    for phase, measured in value.get("phases", {}).items():
+        device = next(iter(measured["times"].values()))
+        ratios.append(f"{phase} {device['stock']['median'] / device['fusedact']['median']:.2f}")
+    return ", ".join([value["verdict"], *ratios])
+
+
+def work(job: dict) -> None:
+    """The worker: answers on standard output, a line for each unit begun and one for its outcome."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+
+    def answer(unit: str, **content: Any) -> None:
+        print(json.dumps({"unit": unit, **content}), file=answers, flush=True)
+
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not job["dry"] else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    gc.disable()  # a collection inside a graph's capture would free what must not be freed there
+    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():
+        for done, name in enumerate(job["names"]):
+            left = job["deadline"] - time.time()
+            if left <= 0:
+                answer(name, outcome="skipped", value="no time left")
+                continue
+            answer(name)
+            faulthandler.dump_traceback_later(min(SILENCE, left + GRACE), exit=True)
+            try:
+                value = _unit(job, name, device, left / (len(job["names"]) - done))
+                answer(name, outcome="results", value=value)
+            except MemoryError as error:
+                answer(name, outcome="skipped", value=str(error))
+            except Exception as error:
+                traceback.print_exc()
+                answer(name, outcome="errors", value=f"{type(error).__name__}: {str(error)[:500]}")
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # raises, which ends this worker, where the device is lost
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
+    """One unit of the job's kind; `seconds` is its share of what is left."""
+    if job["kind"] == "facts":
+        return _facts(device)
+    from bench import measure
+    from bench.cases import STEPS
+
+    effort = measure.DRY if job["dry"] else measure.FULL
+    if job["kind"] == "ceilings":
+        return measure.CEILINGS[name](device, effort)
+    if job["kind"] == "steps":
+        return measure.measure_step({step.name: step for step in STEPS}[name], device, effort)
+    case = _cases(job["dry"])[name]
+    if job["kind"] == "ops":
+        return measure.measure_case(case, device, effort, compiling=seconds >= COMPILING)
+    if job["kind"] == "warm":
+        return measure.warm_case(case, device)
+    return measure.check_case(case, device)
+
+
+def _facts(device: Any) -> dict:
+    import torch
+    import triton
+
+    facts = {
+        "device": f"CPU, {platform.machine()}",
+        "gpu": device.type == "cuda",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory, GiB": round(properties.total_memory / 2**30, 1),
+            "L2, MiB": round(properties.L2_cache_size / 2**20, 1),
+        }
+    return facts
+
+
+def _smi() -> str:
+    """Driver, clocks, temperature and power as they are; they are read, never set."""
+    query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {error}"
+
+
+def _commit() -> str:
+    if named := os.environ.get("FUSEDACT_COMMIT"):
+        return named
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _tail(text: str, lines: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def _folder(dry: bool) -> Path:
+    if dry:
+        return Path(tempfile.mkdtemp(prefix="fusedact-dry-run-"))
+    folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(record: dict, folder: Path) -> Path:
+    """The record and its tables, anew after every section, so that a run cut short leaves what it had."""
+    device = re.sub(r"[^a-z0-9]+", "-", record["machine"].get("device", "unknown").lower())
+    stem = f"{device}-{record['date'].replace(':', '')}-{record['commit']}"
+    path = folder / f"{'dry-run-' if record['dry'] else ''}{stem}.json"
+    path.write_text(json.dumps(record, indent=1))
+    try:
+        text = report.markdown(record)
+    except Exception:  # the figures are safe; what they look like must not end the run
+        text = traceback.format_exc()
+    path.with_suffix(".md").write_text(text)
+    return path
+
+
+def _short_table(record: dict) -> Table:
+    """A line a case: the ratios to stock, and of both phases the rest."""
+    table = Table()
+    headings = ("case", "forward", "backward", "both", "wall", "compile", "share", "threshold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    by_case: dict[str, list[report.Row]] = {}
+    for row in report.rows(record):
+        by_case.setdefault(row.case, []).append(row)
+    for case, phases in by_case.items():
+        last = phases[-1]
+        ratios = [f"{row.ratio:.2f}" for row in phases] if len(phases) == 3 else ["", "", f"{last.ratio:.2f}"]
+        compiled = "" if last.compile is None else f"{last.compile:.2f}"
+        share = "" if last.share is None else f"{last.share:.0%}"
+        judged = next((row.threshold for row in phases if row.missed), last.threshold).partition(":")[0]
+        table.add_row(case, *ratios, f"{last.wall:.2f}", compiled, share, judged)
+    return table
+
+
+def _run(run: Run, chosen: list[Section], budget: float, folder: Path) -> Path | None:
+    """The machine, then every section in what time is left for it; None where there is no GPU to measure."""
+    end = time.time() + budget
+    facts = _units(run, "facts", ["machine"], end, quiet=True)
+    machine = facts["results"].get("machine", {"device": "unknown", **facts["errors"]})
+    if not run.dry and not machine.get("gpu", True):
+        return None
+    run.record |= {
+        "kind": "gpu",
+        "dry": run.dry,
+        "date": datetime.now().isoformat(timespec="minutes"),
+        "commit": _commit(),
+        "budget": budget,
+        "machine": machine | {"state": _smi()},
+        "sections": {},
+    }
+    path = _write(run.record, folder)
+    for i, section in enumerate(chosen):
+        started = time.time()
+        limit = (end - started) * section.share / sum(later.share for later in chosen[i:])
+        run.say(f"{section.name}: {limit:.0f} s")
+        try:
+            data = section.run(run, started + limit)
+        except Exception as error:
+            data = {"error": f"{type(error).__name__}: {error}"}
+        timed = {"seconds": time.time() - started, "limit": limit, "state": _smi()}
+        run.record["sections"][section.name] = data | timed
+        path = _write(run.record, folder)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=460, metavar="SECONDS", help="for everything [460]")
+    parser.add_argument("--only", choices=[s.name for s in SECTIONS], action="append", help="these sections")
+    parser.add_argument("--tests-only", action="store_const", const=["tests"], dest="only")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU: all code paths, no figures")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(args.worker)
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    chosen = [
+        section
+        for section in SECTIONS
+        if section.name in (args.only or [section.name]) and (args.dry_run or not section.dry_only)
+    ]
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        run = Run(args.dry_run, console, progress)
+        path = _run(run, chosen, args.budget, _folder(args.dry_run))
+    if path is None:
+        print("no CUDA device here; --dry-run exercises everything but the GPU", file=sys.stderr)
+        return 2
+    run.say(report.DRY if run.dry else f"{run.record['machine'].get('device')}, stock / fusedact:")
+    console.print(_short_table(run.record))
+    faults = report.failures(run.record)
+    for line in [*faults[:40], f"{len(faults)} faults" if faults else "all good", f"record {path}"]:
+        run.say(line)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

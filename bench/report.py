@@ -1,0 +1,245 @@
+"""Records as tables: the Markdown beside a record, and the README's table from the newest record of a GPU.
+
+python bench/report.py [--check]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OPEN, CLOSE = "<!-- gpu-table -->", "<!-- /gpu-table -->"
+COPY = "copy, GB/s"
+NO_RECORD = "No GPU record yet."
+DRY = "no GPU, tiny shapes, the fallback instead of kernels. None of these are figures."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of one case: µs, ratios to fusedact's median (above 1: fusedact is faster), rates of fusedact's."""
+
+    case: str
+    phase: str
+    stock: float
+    fusedact: float
+    spread: str
+    ratio: float
+    noise: float
+    launched: float
+    wall: float
+    compile: float | None
+    gbps: float | None
+    tflops: float | None
+    share: float | None
+    memory: str
+    target: float | None
+    threshold: str
+
+    @property
+    def missed(self) -> bool:
+        return self.threshold.startswith("missed")
+
+
+def rows(record: dict) -> Iterator[Row]:
+    """Every measured phase of the record's ops and training steps, in their order."""
+    ceilings = record["sections"].get("ceilings", {}).get("results", {})
+    for section in ("ops", "steps"):
+        for case, result in record["sections"].get(section, {}).get("results", {}).items():
+            for phase, measured in result.get("phases", {}).items():
+                row = _row(case, phase, result, measured, ceilings)
+                yield replace(row, threshold="not judged") if record["dry"] else row
+
+
+def _row(case: str, phase: str, result: dict, measured: dict, ceilings: dict) -> Row:
+    times = measured["times"]
+    device = next(iter(times.values()))  # on a GPU cold device time, on a CPU the thread's
+    ours = device["fusedact"]
+    ratio, launched, wall = (_ratio(times.get(kind, device)) for kind in ("cold", "launched", "wall"))
+    floor = _floor(result, measured, ceilings)
+    memory = measured.get("memory", {})
+    return Row(
+        case=case,
+        phase=phase,
+        stock=device["stock"]["median"],
+        fusedact=ours["median"],
+        spread=f"{ours['p20']:.4g} to {ours['p80']:.4g}",
+        ratio=ratio,
+        noise=abs(device["again"]["median"] / device["stock"]["median"] - 1),
+        launched=launched,
+        wall=wall,
+        compile=_ratio(device, "compile") if "compile" in device else None,
+        gbps=measured["bytes"] / ours["median"] * 1e-3 if "bytes" in measured else None,
+        tflops=measured["flops"] / ours["median"] * 1e-6 if "flops" in measured else None,
+        share=floor / ours["median"] if floor else None,
+        memory=" / ".join(f"{memory[name] / 2**20:.0f}" for name in ("stock", "fusedact")) if memory else "",
+        target=result.get("target") if phase == "both" else None,
+        threshold=_judged(result["threshold"], ratio, wall if phase in ("both", "step") else None),
+    )
+
+
+def _ratio(times: dict, other: str = "stock") -> float:
+    return times[other]["median"] / times["fusedact"]["median"]
+
+
+def _judged(threshold: float, ratio: float, wall: float | None) -> str:
+    """The wall counts for a whole call, forward with backward."""
+    missed = [f"device {ratio:.3f}"] if ratio < threshold else []
+    missed += [f"wall {wall:.3f}"] if wall is not None and wall < threshold else []
+    return f"missed: {', '.join(missed)}" if missed else "met"
+
+
+def _floor(result: dict, measured: dict, ceilings: dict) -> float | None:
+    """The µs that bytes and FLOPs take at the measured ceilings, or None where those were not measured."""
+    rate = result.get("matrix_rate")
+    if "bytes" not in measured or COPY not in ceilings or (rate and rate not in ceilings):
+        return None
+    moving = measured["bytes"] / ceilings[COPY] * 1e-3
+    return max(moving, measured["flops"] / ceilings[rate] * 1e-6) if rate else moving
+
+
+def failures(record: dict) -> list[str]:
+    """What keeps a record from being good, in words; a dry run's times are not judged."""
+    found = []
+    for name, section in record["sections"].items():
+        found += [f"{name}: {section['error']}"] if "error" in section else []
+        faults = section.get("failures", {}) | section.get("errors", {})
+        found += [f"{name}: {unit}: {fault}" for unit, fault in faults.items()]
+        for case, result in section.get("results", {}).items():
+            if isinstance(result, dict) and result.get("verdict", "accurate") != "accurate":
+                found.append(f"{name}: {case}: {result['verdict']}, {result.get('errors') or result['costs']}")
+    return found + [f"{row.case}, {row.phase}: {row.threshold}" for row in rows(record) if row.missed]
+
+
+def markdown(record: dict) -> str:
+    """The whole record for a reader."""
+    machine = record["machine"]
+    title = f"{machine.get('device', 'unknown machine')}, {record['date']}, commit {record['commit']}"
+    parts = [f"# {'DRY RUN, ' if record['dry'] else ''}{title}"]
+    parts += [f"DRY RUN: {DRY}"] if record["dry"] else []
+    parts.append("\n".join(f"- {name}: {value}" for name, value in machine.items()))
+    for name, section in record["sections"].items():
+        parts.append(f"## {name}\n\n{_summary(section)}")
+    if table := list(rows(record)):
+        parts += [f"## times\n\n{LEGEND}", _table(_FULL, table)]
+    parts.append("## not good\n\n" + ("\n".join(f"- {line}" for line in failures(record)) or "Nothing."))
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(section: dict) -> str:
+    lines = [f"{section['seconds']:.0f} s of {section['limit']:.0f} s, then {section['state']}"]
+    lines += [f"error: {section['error']}"] if "error" in section else []
+    counts = ("passed", "failed", "skipped_tests", "collected")
+    lines += [f"{name}: {section[name]}" for name in counts if name in section]
+    lines += [f"failed: `{test}`: {text}" for test, text in section.get("failures", {}).items()]
+    lines += [f"{unit}: {error}" for unit, error in section.get("errors", {}).items()]
+    lines += [f"not run: {unit}: {why}" for unit, why in section.get("skipped", {}).items()]
+    first_calls = section.get("first_calls", {})
+    lines += [f"{u}: {_result(r)}{_first(first_calls.get(u))}" for u, r in section.get("results", {}).items()]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _result(result: object) -> str:
+    if isinstance(result, float):
+        return f"{result:.4g}"
+    if not isinstance(result, dict) or "errors" not in result:
+        return str(result["verdict"] if isinstance(result, dict) and "verdict" in result else result)
+    ours, stock = (max(result["errors"][name]) for name in ("fusedact", "stock"))
+    return f"{result['verdict']}, error {ours:.1e}, stock's {stock:.1e}"
+
+
+def _first(seconds: dict | None) -> str:
+    return "".join(f", {name} first call {s:.1f} s" for name, s in (seconds or {}).items())
+
+
+LEGEND = """Ratios are stock or compile over fusedact, medians of interleaved rounds, of cold device time where
+nothing else is said: each call takes other inputs than the last. Noise is stock against itself. Bytes are the least
+that the phase can move. The share is of the measured ceilings. Memory is what a call holds at its peak, MiB."""
+
+_FULL = (
+    ("case", lambda r: r.case),
+    ("phase", lambda r: r.phase),
+    ("stock µs", lambda r: f"{r.stock:.4g}"),
+    ("fusedact µs", lambda r: f"{r.fusedact:.4g}"),
+    ("20 to 80 %", lambda r: r.spread),
+    ("ratio", lambda r: f"{r.ratio:.3f}"),
+    ("noise", lambda r: f"{r.noise:.1%}"),
+    ("launched ratio", lambda r: f"{r.launched:.3f}"),
+    ("wall ratio", lambda r: f"{r.wall:.3f}"),
+    ("to compile", lambda r: _optional(r.compile, ".3f")),
+    ("GB/s", lambda r: _optional(r.gbps, ".0f")),
+    ("TFLOP/s", lambda r: _optional(r.tflops, ".1f")),
+    ("share", lambda r: _optional(r.share, ".0%")),
+    ("memory, stock / ours", lambda r: r.memory),
+    ("target", lambda r: _optional(r.target, ".1f")),
+    ("threshold", lambda r: r.threshold),
+)
+_SHORT = (
+    *_FULL[:4],
+    ("stock / fusedact", _FULL[5][1]),
+    ("compile / fusedact", _FULL[9][1]),
+    ("share of the ceiling", _FULL[12][1]),
+)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _table(columns: tuple, table: list[Row]) -> str:
+    lines = [[name for name, _ in columns], ["---"] * len(columns)]
+    lines += [[cell(row) for _, cell in columns] for row in table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def newest(results: Path) -> tuple[Path, dict] | None:
+    """The latest record of a GPU with ops in it; a dry run is none."""
+    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    fit = [
+        (path, record)
+        for path, record in records
+        if record.get("kind") == "gpu" and not record["dry"] and record["sections"].get("ops", {}).get("results")
+    ]
+    return max(fit, key=lambda each: each[1]["date"], default=None)
+
+
+def rendered(readme: str, results: Path) -> str:
+    """The README with what stands between its two markers made anew; ValueError where they are missing."""
+    before, opened, rest = readme.partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not opened or not closed:
+        raise ValueError(f"expected {OPEN} and {CLOSE} in the README")
+    return f"{before}{OPEN}\n{_readme_table(results)}\n{CLOSE}{after}"
+
+
+def _readme_table(results: Path) -> str:
+    found = newest(results)
+    if found is None:
+        return NO_RECORD
+    path, record = found
+    machine = record["machine"]
+    where = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {record['date'][:10]}"
+    source = f"{where}: `python bench/gpu.py`, record `bench/results/{path.name}`. Device time, cold."
+    return f"{source}\n\n{_table(_SHORT, [row for row in rows(record) if row.phase != 'backward'])}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README differs")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(argv)
+    text = args.readme.read_text()
+    expected = rendered(text, args.results)
+    if args.check and text != expected:
+        print(f"{args.readme} differs from the records: run python bench/report.py", file=sys.stderr)
+        return 1
+    if not args.check:
+        args.readme.write_text(expected)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

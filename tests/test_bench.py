@@ -1,0 +1,170 @@
+"""The GPU command without a GPU: its dry run, its survival of broken sections and workers; the README's table."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FAKE_WORKER = """
+import json, os, sys
+job = json.loads(sys.argv[-1])
+for name in job["names"]:
+    print(json.dumps({"unit": name}), flush=True)
+    if name == "deadly":
+        sys.exit("no such luck")
+    value = {"device": "fake"} if job["kind"] == "facts" else 1.0
+    print(json.dumps({"unit": name, "outcome": "results", "value": value}), flush=True)
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench's modules by name; `bench` is no installed package."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.mark.slow
+def test_dry_run_exercises_every_section(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "bench/gpu.py", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, last = done.stdout.strip().splitlines()
+    path = Path(last.removeprefix("DRY RUN record "))
+    record = json.loads(path.read_text())
+    assert record["dry"] is True
+    assert set(record["sections"]) == {"tests", "ceilings", "ops", "steps", "interpreted"}
+    assert record["sections"]["tests"]["collected"] > 100
+    assert len(record["sections"]["ops"]["results"]) == len(record["sections"]["interpreted"]["results"]) > 10
+    assert path.name.startswith("dry-run-")
+    assert path.with_suffix(".md").read_text().startswith("# DRY RUN")
+    assert tmp_path in path.parents
+    table = "│┃┏┡└"
+    assert all(line.strip().startswith("DRY RUN") or line[0] in table for line in lines)
+
+
+def test_a_broken_section_and_a_dead_worker_leave_the_rest(bench, monkeypatch, tmp_path, capsys):
+    gpu = bench("gpu")
+    worker = tmp_path / "worker.py"
+    worker.write_text(FAKE_WORKER)
+
+    def broken(run, deadline):
+        raise ZeroDivisionError("as it happens")
+
+    def units(run, deadline):
+        return gpu._units(run, "fake", ["first", "deadly", "last"], deadline)
+
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, str(worker)])
+    monkeypatch.setattr(gpu, "SECTIONS", (gpu.Section("tests", broken, 0.5), gpu.Section("ceilings", units, 0.5)))
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
+    assert gpu.main(["--dry-run"]) == 1
+    [path] = tmp_path.glob("fusedact-dry-run-*/*.json")
+    sections = json.loads(path.read_text())["sections"]
+    assert sections["tests"]["error"] == "ZeroDivisionError: as it happens"
+    assert sections["ceilings"]["results"] == {"first": 1.0, "last": 1.0}
+    assert "no such luck" in sections["ceilings"]["errors"]["deadly"]
+    assert "2 faults" in capsys.readouterr().out
+
+
+def test_pytest_outcomes_are_read(bench, tmp_path):
+    suite = tmp_path / "test_some.py"
+    suite.write_text(
+        "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 1 == 2, 'so\\nmuch'\n"
+        "def test_skipped(): pytest.skip()\n@pytest.fixture\ndef broken(): raise OSError('gone')\n"
+        "def test_error(broken): pass\n"
+    )
+    options = ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), f"--junitxml={tmp_path}/junit.xml"]
+    process = subprocess.Popen([sys.executable, "-m", "pytest", str(suite), *options], stdout=subprocess.DEVNULL)
+    gpu = bench("gpu")
+    assert gpu._stopped_at(process, time.time() + 60) is False
+    found = gpu._outcomes(tmp_path / "junit.xml")
+    assert {name: found[name] for name in ("passed", "failed", "skipped_tests")} == {
+        "passed": 1,
+        "failed": 2,
+        "skipped_tests": 1,
+    }
+    assert found["failures"]["test_some.test_wrong"] == "AssertionError: so"
+    assert "gone" in found["failures"]["test_some.test_error"]
+
+
+def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0):
+    """No measurement: round numbers, of a device that does not exist."""
+
+    def times(stock, fusedact):
+        spread = {"stock": stock, "again": stock, "fusedact": fusedact}
+        return {name: {"median": t, "p20": t, "p80": t} for name, t in spread.items()}
+
+    phases = {
+        phase: {
+            "bytes": 10**8,
+            "flops": 0,
+            "times": {kind: times(100.0, fused) for kind in ("cold", "launched", "wall")},
+            "memory": {"stock": 2**21, "fusedact": 2**20},
+        }
+        for phase in ("forward", "backward", "both")
+    }
+    errors = {"stock": [1e-7], "fusedact": [1e-7]}
+    result = {"threshold": 0.97, "verdict": "accurate", "errors": errors, "phases": phases}
+    timing = {"seconds": 1.0, "limit": 2.0, "state": ""}
+    return {
+        "kind": "gpu",
+        "dry": dry,
+        "date": date,
+        "commit": "synthetic",
+        "machine": {"device": "SYNTHETIC", "torch": "0", "triton": "0"},
+        "sections": {
+            "ceilings": {"results": {"copy, GB/s": 4000.0}} | timing,
+            "ops": {"results": {"synthetic op": result}} | timing,
+        },
+    }
+
+
+def test_thresholds_are_judged(bench):
+    report = bench("report")
+    assert report.failures(synthetic_record()) == []
+    slow = synthetic_record(fused=200.0)
+    assert "synthetic op, both: missed: device 0.500, wall 0.500" in report.failures(slow)
+    assert report.failures(slow | {"dry": True}) == []
+    assert "missed: device 0.500" in report.markdown(slow)
+    slow["sections"]["ops"]["results"]["synthetic op"]["verdict"] = "wrong"
+    assert any("synthetic op: wrong" in fault for fault in report.failures(slow))
+
+
+def test_readme_table_comes_from_the_newest_record(bench, tmp_path):
+    report = bench("report")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text(f"before\n{report.OPEN}\n{report.CLOSE}\nafter\n")
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert report.NO_RECORD in readme.read_text()
+
+    dates = {"old": "2000-01-01T00:00", "new": "2000-01-03T00:00", "mid": "2000-01-02T00:00"}
+    for name, date in dates.items():
+        (results / f"{name}.json").write_text(json.dumps(synthetic_record(date)))
+    (results / "dry.json").write_text(json.dumps(synthetic_record("2000-01-04T00:00", dry=True)))
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "new.json" in text and "SYNTHETIC" in text
+    assert "| synthetic op | both | 100 | 50 | 2.000 |  | 50% |" in text
+
+    readme.write_text(text.replace("2.000", "3.000", 1))
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_a_readme_without_markers_is_refused(bench, tmp_path):
+    with pytest.raises(ValueError, match="gpu-table"):
+        bench("report").rendered("no markers", tmp_path)
