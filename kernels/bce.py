@@ -68,14 +68,17 @@ def _backward_kernel(
     target_ptr,  # (n,)
     dx_ptr,  # (n,)
     n,
-    stride_dloss,
     MEAN: tl.constexpr,
+    REDUCED: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
-    dloss = tl.load(dloss_ptr + offsets * stride_dloss, mask=mask, other=0.0).to(ACCUMULATOR)
+    if REDUCED:
+        dloss = tl.load(dloss_ptr).to(ACCUMULATOR)
+    else:
+        dloss = tl.load(dloss_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
     if MEAN:
         dloss = dloss / tl.cast(n, ACCUMULATOR)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -116,8 +119,7 @@ def backward(dloss, x, target, reduction, config):
     _backward_kernel[(triton.cdiv(n, config.block),)](
         dloss, x, target, dx,
         n,
-        0 if reduction != "none" else 1,
-        MEAN=reduction == "mean", ACCUMULATOR=_accumulator(x),
+        MEAN=reduction == "mean", REDUCED=reduction != "none", ACCUMULATOR=_accumulator(x),
         BLOCK=config.block,
         num_warps=config.num_warps,
     )  # fmt: skip

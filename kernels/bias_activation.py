@@ -25,10 +25,10 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(M: int, N: int) -> Tile:
+def tile(M: int, N: int, itemsize: int) -> Tile:
     """64 or 32 columns wide, so that a warp reads whole 128-byte lines; short where rows are few."""
     block_n = 128 if N > 64 else triton.next_power_of_2(max(N, 16))
-    return Tile(16 if M <= 16 else 32, block_n, 4)
+    return Tile(16 if M <= 16 or itemsize == 8 else 32, block_n, 4)
 
 
 @triton.jit

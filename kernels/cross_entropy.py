@@ -6,6 +6,7 @@ classes stays in registers; a wider one goes through online statistics kept per 
 lanes inside the loop.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from .tiles import is_last_program, narrow, ordered_sum
 from .workspace import tickets
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-WIDEST = {8: 8192}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
+WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
 PROGRAMS = 1024  # partial sums that one program can add in one tile
 
 
@@ -30,7 +31,7 @@ class Tile(NamedTuple):
 def tile(C: int, itemsize: int, warp_size: int) -> Tile:
     """Rows a program takes at once, and the columns of one step as (chunks, lanes)."""
     widest = WIDEST.get(itemsize, 32768)
-    lanes = triton.next_power_of_2(max(C, 16)) if widest >= C else 4096
+    lanes = triton.next_power_of_2(max(C, 16)) if widest >= C else 2048
     chunks = 1 if widest >= C else 4
     rows = max(1, 2048 // lanes)
     threads = min(1024, max(128, rows * chunks * lanes // 32))
@@ -86,11 +87,14 @@ def _forward_kernel(
     ignore_index,
     MEAN: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
+    C = C // ALIGNED * ALIGNED  # the same number, known to the compiler as a multiple
+    stride_xn = stride_xn // ALIGNED * ALIGNED
     programs = tl.num_programs(0)
     loss_sum = tl.zeros((ROWS,), ACCUMULATOR)
     counted = tl.zeros((ROWS,), ACCUMULATOR)
@@ -151,9 +155,12 @@ def _backward_kernel(
     stride_xc,
     stride_target,
     ignore_index,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
+    C = C // ALIGNED * ALIGNED
+    stride_xn = stride_xn // ALIGNED * ALIGNED
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask_rows = rows < N
@@ -173,6 +180,11 @@ def _backward_kernel(
     tl.store(dx_ptr + rows[:, None] * C + cols[None, :], narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
+def _alignment(x):
+    """What divides a row's length and stride, up to 16: the JIT itself asks for 16 alone, and 1000 is 8 times 125."""
+    return math.gcd(x.shape[1], x.stride(0), 16)
+
+
 def forward(x, target, ignore_index, reduction, config, save):
     """x (N, C), target (N,) -> loss (N,) or (), stats (2, N) or None, count (1,) or None. One launch."""
     N, C = x.shape
@@ -190,7 +202,7 @@ def forward(x, target, ignore_index, reduction, config, save):
         N, C,
         *x.stride(), target.stride(0), ignore_index,
         MEAN=reduction == "mean", ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
-        ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
+        ALIGNED=_alignment(x), ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
         MAX_PROGRAMS=triton.next_power_of_2(programs),
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -209,7 +221,7 @@ def backward(dloss, x, target, stats, count, ignore_index, config):
         dloss, x, target, stats, count, dx,
         N, C,
         dloss.stride(0) if dloss.dim() else 0, *x.stride(), target.stride(0), ignore_index,
-        ROWS=rows, LANES=lanes,
+        ALIGNED=_alignment(x), ROWS=rows, LANES=lanes,
         num_warps=4,
     )  # fmt: skip
     return dx

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activations import identity
-from .tiles import grouped_tile, narrow, widen
+from .tiles import grouped_tile, halves, narrow, widen, within
 
 ACCUMULATOR = {torch.float64: tl.float64}
 PROGRAMS_TO_FILL = 128  # about one program for each multiprocessor of the chips in view
@@ -28,8 +28,8 @@ class Tile(NamedTuple):
 
 # From large to small, by the operands' bytes: the first that fills the chip is taken, else the last.
 TILES = {
-    2: ((128, 256, 64, 8), (128, 128, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (32, 32, 128, 4)),
-    4: ((128, 128, 32, 8), (64, 64, 32, 4), (32, 32, 64, 4)),
+    2: ((128, 256, 64, 8), (128, 128, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (32, 32, 64, 4)),
+    4: ((128, 128, 16, 8), (64, 64, 32, 4), (32, 32, 64, 4)),
     8: ((32, 32, 16, 4),),
 }
 
@@ -79,8 +79,8 @@ def _forward_kernel(
     mask_m = rows < M
     mask_n = cols < N
     # A row or column beyond the edge reads the first one instead, which costs no mask; its result is not stored.
-    x_ptrs = x_ptr + tl.where(mask_m, rows, 0)[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
-    w_ptrs = w_ptr + tl.where(mask_n, cols, 0)[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
+    x_ptrs = x_ptr + within(rows, mask_m, BLOCK_M)[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    w_ptrs = w_ptr + within(cols, mask_n, BLOCK_N)[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
     x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
     w_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
 
@@ -96,14 +96,36 @@ def _forward_kernel(
         x_ptrs += x_step
         w_ptrs += w_step
 
+    # By quarters where the tile is wide: the epilogue of all of it takes more registers than a thread has.
+    if BLOCK_N > 128:
+        left, right = halves(z)
+        quarters = halves(left) + halves(right)
+        for q in tl.static_range(4):
+            quarter_cols = pid_n * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            _store_activated(
+                quarters[q], rows, quarter_cols, b_ptr, slope_ptr, y_ptr, z_ptr,
+                M, N, stride_b, stride_slope, act_params, ACT,
+            )  # fmt: skip
+    else:
+        _store_activated(
+            z, rows, cols, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params, ACT
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_activated(
+    z, rows, cols, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params, ACT: tl.constexpr
+):
+    """act(z + b) and, where wanted, z + b of the products z at these rows and columns."""
+    mask_n = cols < N
     if b_ptr is not None:
-        z += tl.load(b_ptr + cols * stride_b, mask=mask_n, other=0.0).to(ACCUMULATOR)[None, :]
-    offsets = rows[:, None] * N + cols[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
+        z += tl.load(b_ptr + cols.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(z.dtype)[None, :]
+    offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
+    mask = (rows < M)[:, None] & mask_n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offsets, narrow(z, z_ptr.dtype.element_ty), mask=mask)
     if slope_ptr is not None:
-        slope = tl.load(slope_ptr + cols * stride_slope, mask=mask_n, other=0.0).to(ACCUMULATOR)
+        slope = tl.load(slope_ptr + cols.to(tl.int64) * stride_slope, mask=mask_n, other=0.0).to(z.dtype)
         y = ACT(z, slope[None, :])
     else:
         y = ACT(z, *act_params)

@@ -63,6 +63,21 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def within(offsets, mask, BLOCK: tl.constexpr):
+    """A block of offsets, 0 beyond the edge, yet known as contiguous: a load along it takes 16 bytes at once.
+
+    Where the layout allows such a load, one that crosses the edge stays in its aligned 16 bytes.
+    """
+    return tl.max_contiguous(tl.multiple_of(tl.where(mask, offsets, 0), BLOCK), BLOCK)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """The tile's row and column when tiles are taken in groups of GROUP_M rows, which keeps operands in L2."""
     group = tile // (GROUP_M * tiles_n)

@@ -15,7 +15,7 @@ def test_sums_do_not_depend_on_how_rows_are_shared(shape, programs, device, monk
     monkeypatch.setattr(bias_activation, "PROGRAMS", programs)
     generator = torch.Generator().manual_seed(0)
     dy, z = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    config = bias_activation.tile(*shape)
+    config = bias_activation.tile(*shape, 4)
     for slopes in (1, shape[1]):
         slope = torch.full((slopes,), 0.25, device=device)
         dz, db, dslope = bias_activation.backward(
@@ -33,7 +33,7 @@ def test_tickets_are_left_at_zero(device):
     """So that the next launch on the stream needs no launch to zero them."""
     dy, z = torch.randn(2, 300, 200, device=device)
     slope = torch.full((1,), 0.25, device=device)
-    bias_activation.backward(dy, z, activations.prelu_grad, (), slope, True, True, bias_activation.tile(300, 200))
+    bias_activation.backward(dy, z, activations.prelu_grad, (), slope, True, True, bias_activation.tile(300, 200, 4))
     assert not tickets(z.device, 1).any()
 
 
@@ -41,7 +41,7 @@ def test_transposed_and_broadcast_gradients(device):
     y = torch.randn(40, 24, device=device).relu()
     for dy in (torch.ones((), device=device).expand(40, 24), torch.randn(24, 40, device=device).t()):
         dz, db, _ = bias_activation.backward(
-            dy, y, activations.relu_grad, (), None, True, False, bias_activation.tile(40, 24)
+            dy, y, activations.relu_grad, (), None, True, False, bias_activation.tile(40, 24, 4)
         )
         assert torch.equal(dz, torch.where(y <= 0, 0, dy))
         torch.testing.assert_close(db, dz.sum(0))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fusedact import functional as F
 from fusedact.activations import ACTIVATIONS
-from fusedact.kernels import linear
+from fusedact.kernels import activations, linear
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -128,15 +128,24 @@ def test_any_shape(shape, name, dtype, bias, seed, device, as_accurate_as_torch)
     check(name, (x, weight, b), dy, as_accurate_as_torch)
 
 
-@pytest.mark.parametrize("itemsize", linear.TILES)
-def test_every_tile_gives_the_same_product(itemsize, device, as_accurate_as_torch):
+@pytest.mark.parametrize(
+    ("itemsize", "blocks"), [(size, blocks) for size, tiles in linear.TILES.items() for blocks in tiles], ids=str
+)
+def test_every_tile(itemsize, blocks, device, as_accurate_as_torch):
+    """Through the whole epilogue: bias, a slope per channel, and z beside y."""
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[itemsize]
-    a, b, *_ = tensors(70, 90, 40, dtype, device, bias=False)
-    a, b = a.detach(), b.detach().t()
-    for *blocks, num_warps in linear.TILES[itemsize]:
-        stage = (blocks[0] + blocks[1]) * blocks[2] * itemsize
-        config = linear.Tile(*blocks, num_warps, min(4, SHARED_MEMORY // stage))
-        as_accurate_as_torch(linear.product(a, b, "ieee", config), a @ b, a.cpu().double() @ b.cpu().double())
+    x, weight, bias, _ = (t.detach() for t in tensors(150, 90, 300, dtype, device))
+    slope = torch.linspace(-1, 1, 300, dtype=dtype, device=device)
+    stages = min(4, SHARED_MEMORY // ((blocks[0] + blocks[1]) * blocks[2] * itemsize))
+    y, z = linear.forward(
+        x, weight, bias, activations.prelu, (), slope, "ieee", linear.Tile(*blocks, stages), save_z=True
+    )
+    stock = torch.nn.functional.linear(x, weight, bias)
+    truth = torch.nn.functional.linear(*(t.cpu().double() for t in (x, weight, bias)))
+    as_accurate_as_torch(z, stock, truth)
+    as_accurate_as_torch(
+        y, torch.nn.functional.prelu(stock, slope), torch.nn.functional.prelu(truth, slope.cpu().double())
+    )
 
 
 @pytest.mark.parametrize(

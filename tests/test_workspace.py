@@ -1,5 +1,7 @@
 """The counters: zero when handed out, one block per stream, a captured launch's own for all its replays."""
 
+from itertools import pairwise
+
 import torch
 
 from fusedact.kernels import workspace
@@ -21,4 +23,4 @@ def test_captured_launches_share_no_counter(monkeypatch, device):
     assert all(t.numel() >= count and not t.any() for t, count in zip(taken, (1, 5, 4, 9), strict=True))
     spans = [(t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in taken]
     assert all(start % 16 == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans[:3], spans[1:3], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans[:3]))

@@ -89,7 +89,7 @@ def _backward(
             slope,
             want_bias,
             want_slope,
-            bias_activation.tile(M, N),
+            bias_activation.tile(M, N, saved.element_size()),
         )
         dx = product(dz, weight).view(x.shape) if want_x else None
         dw = product(dz.t(), rows) if want_weight else None
