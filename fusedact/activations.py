@@ -1,8 +1,9 @@
 """The table of activations: one line each. Names, errors, choices, tests and the README's list are read from it."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class Activation:
     reference: torch's own function, (x, *parameters) -> y.
     module: torch's class, or None where torch has none; `approximate` tells apart what one class holds.
     defaults: its parameters, named as torch names the arguments and the module's attributes.
-    from_output: whether the derivative can be taken from the output at these parameters.
+    from_output: whether the derivative can be taken from the output, (dtype, *parameters) -> bool.
+    valid: whether torch takes these parameters; where not, it is torch that says so.
     learned: its one parameter is a tensor, a slope per channel or one for all.
     low_precision: under CUDA autocast stock runs it in the low precision, not in float32.
     """
@@ -28,7 +30,8 @@ class Activation:
     module: type[nn.Module] | None = None
     approximate: str | None = None
     defaults: tuple[tuple[str, float], ...] = ()
-    from_output: Callable[..., bool] = lambda *parameters: False
+    from_output: Callable[..., bool] = lambda dtype, *parameters: False
+    valid: Callable[..., bool] = lambda *parameters: True
     learned: bool = False
     low_precision: bool = True
 
@@ -52,21 +55,27 @@ class Activation:
         return self.module(**dict(self.defaults))
 
 
-def _always(*parameters: float) -> bool:
+def _always(dtype: torch.dtype, *parameters: float) -> bool:
     return True
 
 
-def _nonnegative_slope(negative_slope: float) -> bool:
+def _nonnegative_slope(dtype: torch.dtype, negative_slope: float) -> bool:
     return negative_slope >= 0
 
 
-def _value_not_above(threshold: float, value: float) -> bool:
-    return value <= threshold
+def _value_not_above(dtype: torch.dtype, threshold: float, value: float) -> bool:
+    return value <= threshold and _exact(dtype, threshold, value)
 
 
-def _linear_part_is_exact(beta: float, threshold: float) -> bool:
-    """y tells which side of the threshold x was on only where softplus has become linear to the last digit."""
-    return beta > 0 and threshold >= 20
+@cache
+def _exact(dtype: torch.dtype, *numbers: float) -> bool:
+    """The output can stand at these numbers and be told from them: rounding moves none."""
+    return all(torch.tensor(number, dtype=dtype).item() == number for number in numbers)
+
+
+def _linear_part_is_exact(dtype: torch.dtype, beta: float, threshold: float) -> bool:
+    """y tells which side of the threshold x was on only where softplus has become linear to float32's last digit."""
+    return beta > 0 and threshold >= 20 and dtype != torch.float64
 
 
 def _step(x: Tensor) -> Tensor:
@@ -75,7 +84,8 @@ def _step(x: Tensor) -> Tensor:
 
 
 def _squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+    y = F.relu(x)
+    return y * y  # not `square`, which CUDA autocast would run in float32
 
 
 # fmt: off
@@ -94,15 +104,15 @@ TABLE = (
     Activation("mish", F.mish, nn.Mish),
     Activation("hardswish", F.hardswish, nn.Hardswish),
     Activation("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid),
-    Activation("hardtanh", F.hardtanh, nn.Hardtanh, defaults=(("min_val", -1.0), ("max_val", 1.0)), from_output=_always),  # noqa: E501
+    Activation("hardtanh", F.hardtanh, nn.Hardtanh, defaults=(("min_val", -1.0), ("max_val", 1.0)), from_output=_exact, valid=operator.le),  # noqa: E501
     Activation("relu6", F.relu6, nn.ReLU6, from_output=_always),
     Activation("softplus", F.softplus, nn.Softplus, defaults=(("beta", 1.0), ("threshold", 20.0)), from_output=_linear_part_is_exact, low_precision=False),  # noqa: E501
     Activation("softsign", F.softsign, nn.Softsign),
     Activation("selu", F.selu, nn.SELU),
-    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),)),
+    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),), valid=lambda alpha: alpha != 0),
     Activation("logsigmoid", F.logsigmoid, nn.LogSigmoid),
     Activation("tanhshrink", F.tanhshrink, nn.Tanhshrink),
-    Activation("softshrink", F.softshrink, nn.Softshrink, defaults=(("lambd", 0.5),)),
+    Activation("softshrink", F.softshrink, nn.Softshrink, defaults=(("lambd", 0.5),), valid=lambda lambd: lambd >= 0),
     Activation("hardshrink", F.hardshrink, nn.Hardshrink, defaults=(("lambd", 0.5),)),
     Activation("squared_relu", _squared_relu),
 )
@@ -128,5 +138,5 @@ def of_module(module: Any) -> tuple[Activation, tuple[float, ...], Tensor | None
     activation = _BY_MODULE.get((type(module), getattr(module, "approximate", None)))
     if activation is None:
         return None
-    parameters = tuple(getattr(module, name) for name, _ in activation.defaults)
+    parameters = tuple(float(getattr(module, name)) for name, _ in activation.defaults)
     return activation, parameters, module.weight if activation.learned else None

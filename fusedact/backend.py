@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -24,7 +25,10 @@ _Result = TypeVar("_Result")
 
 def get_backend() -> str:
     """The backend in force: 'auto', 'triton' or 'torch'."""
-    return _chosen if _chosen is not None else _from_environment()
+    global _chosen
+    if _chosen is None:
+        _chosen = _checked(os.environ.get("FUSEDACT_BACKEND", "auto"))
+    return _chosen
 
 
 def set_backend(name: str) -> None:
@@ -50,11 +54,6 @@ def _checked(name: str) -> str:
     return name
 
 
-@functools.cache
-def _from_environment() -> str:
-    return _checked(os.environ.get("FUSEDACT_BACKEND", "auto"))
-
-
 def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """torch.compiler.assume_constant_result, which would import torch._dynamo and Triton to set this one flag."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -64,7 +63,7 @@ def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
 def uses_triton(x: Tensor) -> bool:
     """Whether ops on x run Triton kernels. RuntimeError with the cause where 'triton' was asked for and cannot."""
     name = get_backend()
-    if name == "torch" or (name == "auto" and not x.is_cuda):
+    if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
         return False
     problem = triton_problem(x.device)
     if problem is None:
@@ -136,15 +135,23 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batched(t: Tensor) -> bool:
+    """Many gradients in one, of `is_grads_batched=True`."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def dispatching(tensors: Iterable[Tensor]) -> bool:
     """A dispatch mode is on (fake tensors, FLOP counting, selective checkpointing) or a subclass is among them."""
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in _PLAIN for t in tensors)
 
 
 def overrides(t: Tensor) -> bool:
-    """A tensor subclass with a __torch_function__ of its own: torch's functions are what it knows how to take.
+    """A subclass that torch's functions know how to take and a kernel does not.
 
-    Not `has_torch_function`, which is also true inside `with torch.device(...)` and every other function mode.
+    It has a __torch_function__ of its own, or wraps other tensors, as DTensor does. Not `has_torch_function`, which
+    is also true inside `with torch.device(...)` and every other function mode.
     """
     kind = type(t)
-    return kind not in _PLAIN and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    if kind in _PLAIN:
+        return False
+    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl or is_traceable_wrapper_subclass(t)

@@ -37,6 +37,8 @@ def linear(
             raise TypeError("linear() takes an activation's parameters only together with activation=")
         return F.linear(input, weight, bias)
     if isinstance(activation, nn.Module):
+        if parameters or slope is not None:
+            raise TypeError("linear() takes an activation's parameters from its module, or by keyword with its name")
         found = of_module(activation)
         if found is None:
             return activation(F.linear(input, weight, bias))
@@ -61,9 +63,9 @@ def _linear_act(
     low = backend.autocast_dtype(input) if fused else None
     if low is not None:
         fused = act.low_precision
-        input, weight = _lowered(input, low), _lowered(weight, low)
-        bias, slope = bias if bias is None else _lowered(bias, low), slope if slope is None else _lowered(slope, low)
-    if fused and _linear_fits(input, weight, bias, slope):
+        input, weight = _cast(input, low), _cast(weight, low)
+        bias, slope = bias if bias is None else _cast(bias, low), slope if slope is None else _cast(slope, low)
+    if fused and act.valid(*values) and _linear_fits(input, weight, bias, slope):
         return autograd.linear_act(input, weight, bias, slope, act.name, list(values))
     z = F.linear(input, weight, bias)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
@@ -89,11 +91,12 @@ def cross_entropy(
     Raises torch.nn.functional.cross_entropy's errors. Source: torch.nn.functional.cross_entropy.
     """
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    plain = plain and type(ignore_index) is int and -(2**63) <= ignore_index < 2**63
     if plain and _on_triton(input, target) and _cross_entropy_fits(input, target, reduction):
         if input.device.type == "cpu":
             _check_classes(target, ignore_index, input.shape[1])
         elif backend.autocast_dtype(input) is not None:
-            input = input.float()
+            input = _cast(input, torch.float32)
         return autograd.cross_entropy(input, target, ignore_index, reduction)
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
@@ -117,24 +120,24 @@ def binary_cross_entropy_with_logits(
     plain = weight is None and pos_weight is None and size_average is None and reduce is None
     if plain and _on_triton(input, target) and not target.requires_grad:
         if backend.autocast_dtype(input) is not None:
-            input, target = input.float(), target.float()
+            input, target = _cast(input, torch.float32), _cast(target, torch.float32)
         if _bce_fits(input, target, reduction):
             return autograd.bce_with_logits(input, target, reduction)
     return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
 
 
 def _on_triton(input: Tensor, *others: Tensor | None) -> bool:
-    """All are plain strided tensors of one device on which Triton runs."""
-    if not isinstance(input, Tensor) or not backend.uses_triton(input):
+    """All are plain strided tensors of one device on which Triton runs, and jit.trace is not recording."""
+    if not isinstance(input, Tensor) or not backend.uses_triton(input) or torch.jit.is_tracing():
         return False
     return all(
-        t.device == input.device and t.layout == torch.strided and not backend.overrides(t)
+        isinstance(t, Tensor) and t.device == input.device and t.layout == torch.strided and not backend.overrides(t)
         for t in (input, *others)
         if t is not None
     )
 
 
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every floating tensor but float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
@@ -179,6 +182,16 @@ def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+
+
+__all__ = sorted(
+    {
+        *(name for name in dir(F) if not name.startswith("_")),
+        "binary_cross_entropy_with_logits",
+        "cross_entropy",
+        "linear",
+    }
+)
 
 
 def __getattr__(name: str):

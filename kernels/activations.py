@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import clamp, expm1, log1p, sigmoid, tanh
+from .tiles import clamp, expm1, like, log1p, sigmoid, tanh
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -35,13 +35,13 @@ def step_grad(dy, y):
 
 
 @triton.jit
-def threshold(z, threshold, value):
-    return tl.where(z <= threshold, value, z)
+def threshold(z, limit, value):
+    return tl.where(z <= limit, like(value, z), z)
 
 
 @triton.jit
-def threshold_grad(dy, y, threshold, value):
-    return tl.where(y <= threshold, 0.0, dy)
+def threshold_grad(dy, y, limit, value):
+    return tl.where(y <= limit, 0.0, dy)
 
 
 @triton.jit
@@ -223,20 +223,20 @@ def relu6_grad(dy, y):
 
 
 @triton.jit
-def softplus(z, beta, threshold):
+def softplus(z, beta, limit):
     scaled = z * beta
     stable = tl.maximum(scaled, 0.0) + log1p(tl.exp(-tl.abs(scaled)))
-    return tl.where(scaled > threshold, z, stable / beta)
+    return tl.where(scaled > limit, z, stable / beta)
 
 
 @triton.jit
-def softplus_grad(dy, z, beta, threshold):
-    return tl.where(z * beta > threshold, dy, dy * sigmoid(z * beta))
+def softplus_grad(dy, z, beta, limit):
+    return tl.where(z * beta > limit, dy, dy * sigmoid(z * beta))
 
 
 @triton.jit
-def softplus_grad_from_output(dy, y, beta, threshold):
-    return tl.where(y * beta > threshold, dy, -dy * expm1(-beta * y))
+def softplus_grad_from_output(dy, y, beta, limit):
+    return tl.where(y * beta > limit, dy, -dy * expm1(-(y * beta)))
 
 
 @triton.jit

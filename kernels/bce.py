@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .activations import logsigmoid
-from .tiles import is_last_program, narrow, ordered_sum, sigmoid
-from .workspace import tickets
+from .tiles import blocks_of, is_last_program, narrow, ordered_sum, sigmoid
+from .workspace import cdiv, tickets
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
 
@@ -41,7 +41,7 @@ def _forward_kernel(
 ):  # fmt: skip
     programs = tl.num_programs(0)
     loss_sum = tl.zeros((BLOCK,), ACCUMULATOR)
-    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), programs):
+    for block in range(tl.program_id(0), blocks_of(n, BLOCK), programs):
         offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -98,13 +98,13 @@ def forward(x, target, reduction, config):
     loss = x.new_empty(() if reduced else x.shape)
     if n == 0:
         return loss.fill_(float("nan") if reduction == "mean" else 0.0)
-    programs = min(PROGRAMS, triton.cdiv(n, config.block))
+    programs = min(PROGRAMS, cdiv(n, config.block))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     _forward_kernel[(programs,)](
         x, target, loss, x.new_empty(programs, dtype=dtype) if reduced else None, tickets(x.device, 1),
         n,
         MEAN=reduction == "mean", ACCUMULATOR=_accumulator(x),
-        BLOCK=config.block, MAX_PROGRAMS=triton.next_power_of_2(programs),
+        BLOCK=config.block, MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
     return loss
@@ -116,7 +116,7 @@ def backward(dloss, x, target, reduction, config):
     dx = x.new_empty(x.shape)
     if n == 0:
         return dx
-    _backward_kernel[(triton.cdiv(n, config.block),)](
+    _backward_kernel[(cdiv(n, config.block),)](
         dloss, x, target, dx,
         n,
         MEAN=reduction == "mean", REDUCED=reduction != "none", ACCUMULATOR=_accumulator(x),

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .activations import prelu_slope_grad
-from .linear import slope_stride
+from .linear import as_arguments, slope_stride
 from .tiles import is_last_program, narrow, ordered_sum
-from .workspace import tickets
+from .workspace import cdiv, power_of_2, tickets
 
 PROGRAMS = 1024  # enough to fill any chip in view several times
 
@@ -26,8 +26,9 @@ class Tile(NamedTuple):
 
 
 def tile(M: int, N: int, itemsize: int) -> Tile:
-    """64 or 32 columns wide, so that a warp reads whole 128-byte lines; short where rows are few."""
-    block_n = 128 if N > 64 else triton.next_power_of_2(max(N, 16))
+    """Wide enough that a warp reads whole 128-byte lines, where there are so many columns; short where rows are few."""
+    widest = 64 if itemsize == 8 else 128
+    block_n = min(widest, power_of_2(max(N, 16)))
     return Tile(16 if M <= 16 or itemsize == 8 else 32, block_n, 4)
 
 
@@ -53,9 +54,9 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    pid_m = tl.program_id(0)
-    pid_n = tl.program_id(1)
-    programs_m = tl.num_programs(0)
+    pid_n = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    programs_m = tl.num_programs(1)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
@@ -109,7 +110,7 @@ def _sum_over_columns(
     partial_ptr, dslope_ptr, tickets_ptr, pid_n, block_sum, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """One slope: each block of columns leaves its sum in its own first partial; the last block adds them."""
-    programs_n = tl.num_programs(1)
+    programs_n = tl.num_programs(0)
     tl.debug_barrier()
     tl.store(partial_ptr + pid_n.to(tl.int64) * BLOCK_N, block_sum)
     if is_last_program(tickets_ptr + programs_n, programs_n):
@@ -130,17 +131,17 @@ def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config):
     dslope = slope.new_empty(slope.shape) if want_dslope else None
     if dz.numel() == 0:
         return dz, db if db is None else db.zero_(), dslope if dslope is None else dslope.zero_()
-    programs_n = triton.cdiv(N, config.block_n)
-    wanted = min(triton.cdiv(M, config.block_m), max(1, PROGRAMS // programs_n))
-    rows = triton.cdiv(triton.cdiv(M, wanted), config.block_m) * config.block_m
-    programs_m = triton.cdiv(M, rows)
+    programs_n = cdiv(N, config.block_n)
+    wanted = min(cdiv(M, config.block_m), max(1, PROGRAMS // programs_n))
+    rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
+    programs_m = cdiv(M, rows)
     dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
     partial = saved.new_empty((2, programs_m, N), dtype=dtype)
-    _backward_kernel[programs_m, programs_n](
+    _backward_kernel[programs_n, programs_m](
         dy, saved, slope, dz, db, dslope, partial, tickets(saved.device, programs_n + 1),
         M, N, rows,
         *dy.stride(), slope_stride(slope),
-        params,
+        as_arguments(params, saved.dtype),
         ACT_GRAD=act_grad, ONE_SLOPE=slope is not None and slope.numel() == 1,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps,

@@ -7,14 +7,15 @@ lanes inside the loop.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import is_last_program, narrow, ordered_sum
-from .workspace import tickets
+from .tiles import blocks_of, is_last_program, narrow, ordered_sum
+from .workspace import cdiv, power_of_2, tickets
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
@@ -28,10 +29,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+@lru_cache(4096)
 def tile(C: int, itemsize: int, warp_size: int) -> Tile:
     """Rows a program takes at once, and the columns of one step as (chunks, lanes)."""
     widest = WIDEST.get(itemsize, 32768)
-    lanes = triton.next_power_of_2(max(C, 16)) if widest >= C else 2048
+    lanes = power_of_2(max(C, 16)) if widest >= C else 2048
     chunks = 1 if widest >= C else 4
     rows = max(1, 2048 // lanes)
     threads = min(1024, max(128, rows * chunks * lanes // 32))
@@ -70,7 +72,7 @@ def _finite(m):
     return tl.where(m == -float("inf"), 0.0, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def _forward_kernel(
     x_ptr,  # (N, C)
     target_ptr,  # (N,) int64
@@ -98,7 +100,7 @@ def _forward_kernel(
     programs = tl.num_programs(0)
     loss_sum = tl.zeros((ROWS,), ACCUMULATOR)
     counted = tl.zeros((ROWS,), ACCUMULATOR)
-    for block in range(tl.program_id(0), tl.cdiv(N, ROWS), programs):
+    for block in range(tl.program_id(0), blocks_of(N, ROWS), programs):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = rows < N
         target = tl.load(target_ptr + rows * stride_target, mask=mask, other=ignore_index)
@@ -140,7 +142,7 @@ def _forward_kernel(
             tl.store(count_ptr, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def _backward_kernel(
     dloss_ptr,  # (N,) or one number
     x_ptr,  # (N, C)
@@ -195,7 +197,7 @@ def forward(x, target, ignore_index, reduction, config, save):
     count = x.new_empty(1, dtype=dtype) if reduced else None
     if N == 0:
         return loss.fill_(float("nan") if reduction == "mean" else 0.0), stats, count
-    programs = min(PROGRAMS, triton.cdiv(N, config.rows))
+    programs = min(PROGRAMS, cdiv(N, config.rows))
     _forward_kernel[(programs,)](
         x, target, loss, stats, x.new_empty((programs, 2), dtype=dtype) if reduced else None, count,
         tickets(x.device, 1),
@@ -203,7 +205,7 @@ def forward(x, target, ignore_index, reduction, config, save):
         *x.stride(), target.stride(0), ignore_index,
         MEAN=reduction == "mean", ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
         ALIGNED=_alignment(x), ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
-        MAX_PROGRAMS=triton.next_power_of_2(programs),
+        MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
     return loss, stats, count
@@ -217,7 +219,7 @@ def backward(dloss, x, target, stats, count, ignore_index, config):
         return dx
     lanes = min(config.lanes, 4096)
     rows = max(1, 4096 // lanes)
-    _backward_kernel[triton.cdiv(N, rows), triton.cdiv(C, lanes)](
+    _backward_kernel[cdiv(N, rows), cdiv(C, lanes)](
         dloss, x, target, stats, count, dx,
         N, C,
         dloss.stride(0) if dloss.dim() else 0, *x.stride(), target.stride(0), ignore_index,

@@ -5,6 +5,7 @@ pre-activation). One kernel serves three products, since every operand is read t
 y = act(x Wᵀ + b), dx = dz (Wᵀ)ᵀ and dW = dzᵀ (xᵀ)ᵀ.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .activations import identity
-from .tiles import grouped_tile, halves, narrow, widen, within
+from .tiles import blocks_of, grouped_tile, halves, narrow, widen, within
+from .workspace import cdiv, power_of_2
 
 ACCUMULATOR = {torch.float64: tl.float64}
 PROGRAMS_TO_FILL = 128  # about one program for each multiprocessor of the chips in view
@@ -34,13 +36,15 @@ TILES = {
 }
 
 
+@lru_cache(4096)
 def tile(M: int, N: int, K: int, itemsize: int, shared_memory: int) -> Tile:
     """The tile for an (M, K) by (K, N) product on a chip with that many bytes of shared memory a program."""
     for block_m, block_n, block_k, num_warps in TILES[itemsize]:
-        config = Tile(block_m, block_n, min(block_k, max(16, triton.next_power_of_2(K))), num_warps, num_stages=1)
+        config = Tile(block_m, block_n, min(block_k, max(16, power_of_2(K))), num_warps, num_stages=1)
         stage = (config.block_m + config.block_n) * config.block_k * itemsize
-        fits = 2 * stage <= shared_memory
-        if fits and triton.cdiv(M, block_m) * triton.cdiv(N, block_n) >= PROGRAMS_TO_FILL:
+        narrow_enough = block_m <= max(32, power_of_2(M)) and block_n <= max(32, power_of_2(N))
+        fills = cdiv(M, block_m) * cdiv(N, block_n) >= PROGRAMS_TO_FILL
+        if narrow_enough and fills and 2 * stage <= shared_memory:
             break
     return config._replace(num_stages=min(4, shared_memory // stage))
 
@@ -72,7 +76,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), blocks_of(M, BLOCK_M), blocks_of(N, BLOCK_N), GROUP_M)
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -101,7 +105,7 @@ def _forward_kernel(
         left, right = halves(z)
         quarters = halves(left) + halves(right)
         for q in tl.static_range(4):
-            quarter_cols = pid_n * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            quarter_cols = pid_n.to(tl.int64) * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _store_activated(
                 quarters[q], rows, quarter_cols, b_ptr, slope_ptr, y_ptr, z_ptr,
                 M, N, stride_b, stride_slope, act_params, ACT,
@@ -119,13 +123,13 @@ def _store_activated(
     """act(z + b) and, where wanted, z + b of the products z at these rows and columns."""
     mask_n = cols < N
     if b_ptr is not None:
-        z += tl.load(b_ptr + cols.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(z.dtype)[None, :]
-    offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
+        z += tl.load(b_ptr + cols * stride_b, mask=mask_n, other=0.0).to(z.dtype)[None, :]
+    offsets = rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & mask_n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offsets, narrow(z, z_ptr.dtype.element_ty), mask=mask)
     if slope_ptr is not None:
-        slope = tl.load(slope_ptr + cols.to(tl.int64) * stride_slope, mask=mask_n, other=0.0).to(z.dtype)
+        slope = tl.load(slope_ptr + cols * stride_slope, mask=mask_n, other=0.0).to(z.dtype)
         y = ACT(z, slope[None, :])
     else:
         y = ACT(z, *act_params)
@@ -133,22 +137,22 @@ def _store_activated(
 
 
 def forward(x, w, b, act, params, slope, precision, config, save_z):
-    """x (M, K), w (N, K), b (N,) or None, slope (N,) or (1,) or None -> y (M, N) and z (M, N) or None.
+    """x (*, K), w (N, K), b (N,) or None, slope (N,) or (1,) or None -> y (*, N) and z (*, N) or None.
 
     z, the pre-activation, is stored where `save_z` asks for it. One launch, and none for an empty result.
     """
-    M, K = x.shape
-    N = w.shape[0]
-    y = x.new_empty((M, N))
-    z = x.new_empty((M, N)) if save_z else None
+    rows = as_rows(x)
+    (M, K), N = rows.shape, w.shape[0]
+    y = x.new_empty((*x.shape[:-1], N))
+    z = x.new_empty(y.shape) if save_z else None
     if y.numel() == 0:
         return y, z
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     _forward_kernel[grid](
-        x, w, b, slope, y, z,
+        rows, w, b, slope, y, z,
         M, N, K,
-        *x.stride(), *w.stride(), 0 if b is None else b.stride(0), slope_stride(slope),
-        params,
+        *rows.stride(), *w.stride(), 0 if b is None else b.stride(0), slope_stride(slope),
+        as_arguments(params, x.dtype),
         ACT=act, PRECISION=precision, ACCUMULATOR=ACCUMULATOR.get(x.dtype, tl.float32),
         EVEN_K=K % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=8,
@@ -163,6 +167,16 @@ def product(a, b, precision, config):
     return c
 
 
+def as_rows(x):
+    """x (*, K) -> (M, K), a view where the strides allow one."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
 def slope_stride(slope):
     """0 where one slope serves every column."""
     return 0 if slope is None or slope.numel() == 1 else slope.stride(0)
+
+
+def as_arguments(params, dtype):
+    """Triton passes a float as float32: a float64 kernel is compiled for its parameters instead."""
+    return tuple(map(tl.constexpr, params)) if dtype == torch.float64 else tuple(params)

@@ -59,7 +59,14 @@ def tanh(x):
 @triton.jit
 def clamp(x, low, high):
     """x between low and high; NaN stays NaN."""
+    low, high = like(low, x), like(high, x)
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def like(number, x):
+    """A number in x's dtype; `tl.where` would take it as float32 first."""
+    return tl.full((), number, x.dtype)
 
 
 @triton.jit
@@ -75,6 +82,12 @@ def within(offsets, mask, BLOCK: tl.constexpr):
 def halves(x):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def blocks_of(n, BLOCK: tl.constexpr):
+    """n / BLOCK, rounded up, for n >= 1; `tl.cdiv` would overflow where n is close to 2³¹."""
+    return (n - 1) // BLOCK + 1
 
 
 @triton.jit

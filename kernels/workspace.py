@@ -1,9 +1,26 @@
-"""Counters that a launch leaves as it found them, at 0: one block of them per device and stream."""
+"""What launchers share on the host: counters, of which each device and stream has a block, and their arithmetic.
+
+A launch leaves its counters as it found them, at 0.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import torch
 
 _HELD: dict[tuple[torch.device, int], torch.Tensor] = {}
 _SPARE: dict[torch.device, torch.Tensor] = {}  # zeros for the launches of CUDA graphs, 256 KB
+_LOCK = Lock()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes the host microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:
@@ -14,7 +31,8 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
     held = _HELD.get((device, stream))
     if held is None or held.numel() < count:
         held = _HELD[device, stream] = _zeros(max(count, 1024), device)
-        _SPARE.setdefault(device, _zeros(2**16, device))
+        if device not in _SPARE:
+            _SPARE[device] = _zeros(2**16, device)
     return held
 
 
@@ -23,13 +41,23 @@ def _for_replays(device: torch.device, count: int) -> torch.Tensor:
 
     They come from zeros made before the capture; zeros made inside it would be one more node in the graph.
     """
-    spare = _SPARE.get(device)
-    if spare is None or spare.numel() < count:
-        return _zeros(count, device)
-    taken = (count + 3) // 4 * 4  # 16 bytes: a pointer less aligned would be another specialization
-    _SPARE[device] = spare[taken:]
-    return spare[:taken]
+    with _LOCK:
+        spare = _SPARE.get(device)
+        if spare is None or spare.numel() < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        taken = (count + 3) // 4 * 4  # 16 bytes: a pointer less aligned would be another specialization
+        _SPARE[device] = spare[taken:]
+        return spare[:taken]
 
 
 def _zeros(count: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    """Made in a thread of its own: a memory pool that the caller allocates into, a graph's say, must not own them."""
+
+    def make() -> torch.Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # that thread's stream is not the caller's
+        return zeros
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

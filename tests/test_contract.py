@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,9 @@ def loss_and_gradients(model, x, target, loss=F.cross_entropy):
 # ---- the backend
 
 
-def test_auto_is_torch_on_a_cpu(launches):
+def test_auto_is_torch_on_a_cpu(launches, monkeypatch):
+    monkeypatch.delenv("FUSEDACT_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_chosen", None)
     x, w = torch.randn(3, 4), torch.randn(2, 4)
     assert fusedact.get_backend() == "auto"
     F.linear(x, w, activation="relu")
@@ -50,15 +53,14 @@ def test_set_backend_refuses_an_unknown_name():
 
 
 def test_environment_variable_chooses(monkeypatch):
-    monkeypatch.setenv("FUSEDACT_BACKEND", "torch")
-    backend._from_environment.cache_clear()
-    assert fusedact.get_backend() == "torch"
+    for value, expected in (("torch", "torch"), ("triton", "triton")):
+        monkeypatch.setenv("FUSEDACT_BACKEND", value)
+        monkeypatch.setattr(backend, "_chosen", None)
+        assert fusedact.get_backend() == expected
     monkeypatch.setenv("FUSEDACT_BACKEND", "tritn")
-    backend._from_environment.cache_clear()
+    monkeypatch.setattr(backend, "_chosen", None)
     with pytest.raises(ValueError, match="'tritn'"):
         fusedact.get_backend()
-    monkeypatch.undo()
-    backend._from_environment.cache_clear()
 
 
 def test_triton_asked_for_and_impossible_is_an_error(monkeypatch):
@@ -208,6 +210,75 @@ def test_opcheck(sample, device, triton_backend):
     torch.library.opcheck(*sample(device))
 
 
+def test_many_gradients_at_once(device, triton_backend):
+    model, (x, target) = network(device, "prelu"), batch(device)
+    losses = torch.nn.functional.cross_entropy(model(x), target, reduction="none")
+    ours = F.cross_entropy(model(x), target, reduction="none")
+    basis = torch.eye(len(losses), device=device)
+    with fusedact.use_backend("torch"):
+        stock = torch.nn.functional.cross_entropy(model(x), target, reduction="none")
+    for value in (losses, ours):
+        grads = torch.autograd.grad(value, list(model.parameters()), basis, is_grads_batched=True)
+        truth = torch.autograd.grad(stock, list(model.parameters()), basis, is_grads_batched=True, retain_graph=True)
+        for a, b in zip(grads, truth, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_jit_trace_records_torchs_operations(device, triton_backend):
+    model, (x, _) = network(device), batch(device)
+    traced = torch.jit.trace(model, (x,))
+    more, _ = batch(device, rows=23)
+    torch.testing.assert_close(traced(more), model(more))
+
+
+def test_dtensors_are_left_to_torch(device, triton_backend, tmp_path):
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    kind = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(kind, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh(device, (1,))
+        x, w = torch.randn(3, 4, device=device), torch.randn(2, 4, device=device)
+        tensors = [distribute_tensor(t, mesh, [Replicate()]) for t in (x, w)]
+        y = F.linear(*tensors, activation="relu").full_tensor()
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w).relu())
+
+
+def test_a_saved_tensor_may_come_back_in_another_layout(device, triton_backend):
+    x, w = torch.randn(6, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    dy = torch.randn(6, 5, device=device)
+    (plain,) = torch.autograd.grad(F.linear(x, w, activation="gelu"), w, dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.t().contiguous(), lambda t: t.t()):
+        y = F.linear(x, w, activation="gelu")
+    assert torch.equal(torch.autograd.grad(y, w, dy)[0], plain)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (3, 2)], ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_an_output_may_be_changed_in_place(mode, lead, device, triton_backend):
+    x, w = torch.randn(*lead, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    with mode():
+        y = F.linear(x, w, activation="gelu")
+        assert not y._is_view()
+        y += 1
+    if y.requires_grad:
+        y.sum().backward()
+
+
+def test_an_output_that_is_saved_may_not(device, triton_backend):
+    """As stock's relu, sigmoid and tanh."""
+    x, w = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    y = F.linear(x, w, activation="relu")
+    y += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 # ---- modes
 
 
@@ -302,9 +373,67 @@ def test_what_stock_accepts_is_accepted(make, device, triton_backend):
     torch.testing.assert_close(F.linear(*tensors, activation="relu"), torch.nn.functional.linear(*tensors).relu())
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "kind", "message"),
+    [
+        ("hardtanh", {"min_val": 2.0, "max_val": 1.0}, ValueError, "min_val cannot be greater than max_val"),
+        ("softshrink", {"lambd": -1.0}, RuntimeError, "lambda must be"),
+        ("celu", {"alpha": 0.0}, RuntimeError, "alpha"),
+    ],
+)
+def test_parameters_that_stock_refuses(name, parameters, kind, message, device, triton_backend, launches):
+    x, w = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device)
+    with pytest.raises(kind, match=message):
+        F.linear(x, w, activation=name, **parameters)
+    assert launches.count == 0
+
+
+@pytest.mark.parametrize("slope", [np.float32(0.25), torch.tensor(0.25), 1])
+def test_parameters_may_be_any_number(slope, device, triton_backend):
+    x, layer = torch.randn(2, 3, device=device), torch.nn.LeakyReLU(slope)
+    model = nn.Sequential(nn.Linear(3, 4), layer).to(device)
+    torch.testing.assert_close(model(x), layer(model[0](x)))
+
+
+def test_a_module_brings_its_own_parameters(device):
+    x, w = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device)
+    with pytest.raises(TypeError, match="from its module"):
+        F.linear(x, w, activation=torch.nn.LeakyReLU(), negative_slope=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.7])
+def test_bounds_that_rounding_moves(bound, dtype, device, triton_backend):
+    """A saturated unit's output is the bound rounded: its derivative must be 0 all the same."""
+    x = torch.tensor([[3.0], [-3.0], [0.05]], device=device, dtype=dtype, requires_grad=True)
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    for name, parameters, expected in (
+        ("hardtanh", {"min_val": -bound, "max_val": bound}, [0, 0, 1]),
+        ("threshold", {"threshold": bound, "value": bound}, [1, 0, 0]),
+    ):
+        y = F.linear(x, one, activation=name, **parameters)
+        assert torch.autograd.grad(y.sum(), x)[0].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("ignore_index", [-100.0, None, 2**63], ids=str)
+def test_ignore_index_of_a_wrong_kind(ignore_index, device, triton_backend, launches):
+    x, target = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        F.cross_entropy(x, target, ignore_index=ignore_index)
+    assert launches.count == 0
+
+
+def test_autocast_leaves_float64_and_refuses_integers(device, triton_backend):
+    logits, target = torch.randn(4, device=device, dtype=torch.float64), torch.ones(4, device=device).double()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert F.binary_cross_entropy_with_logits(logits, target).dtype == torch.float64
+        with pytest.raises(RuntimeError):
+            F.binary_cross_entropy_with_logits(logits.float(), target.long())
+
+
 def test_labels_of_a_wrong_kind_are_torchs_error(device, triton_backend):
     logits = torch.randn(4, 3, device=device)
-    with pytest.raises(RuntimeError, match=r"expected target dtype to be Long or Byte|expected scalar type Long"):
+    with pytest.raises(RuntimeError, match=r"expected target dtype to be Long or Byte|not implemented for 'Int'"):
         F.cross_entropy(logits, torch.zeros(4, dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
         F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device=device), reduction="foo")

@@ -151,3 +151,17 @@ def test_mypy_sees_types(tmp_path):
     assert len(errors) == 2, done.stdout
     assert 'Argument "activation" to "Linear"' in errors[0]
     assert 'has no attribute "Lineal"' in errors[1]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fusedact.nn.init as module; assert module is torch.nn.init",
+        "from fusedact.nn.utils import clip_grad_norm_",
+        "from fusedact.nn.utils.rnn import PackedSequence; assert PackedSequence is torch.nn.utils.rnn.PackedSequence",
+        "from fusedact.nn.parameter import Parameter; assert Parameter is torch.nn.Parameter",
+        "from fusedact.nn.modules.loss import MSELoss; assert MSELoss is torch.nn.MSELoss",
+    ],
+)
+def test_torchs_submodules_under_our_name(statement):
+    exec(statement, {"torch": torch})

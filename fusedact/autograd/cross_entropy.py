@@ -51,7 +51,7 @@ def _backward(
             dloss,
             logits,
             target,
-            stats,
+            stats.contiguous(),
             count if reduction == "mean" else None,
             ignore_index,
             _config(logits),

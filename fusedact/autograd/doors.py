@@ -66,7 +66,8 @@ class Op:
             return self._gradients(ctx, dy, self.backward)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(self.name, (torch.autograd.Function,), methods)
+        name = self.name.title().replace("_", "")  # as users read it in `grad_fn` and in errors
+        return type(name, (torch.autograd.Function,), methods)
 
     def _save(self, ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.options = args[self.tensors :]
@@ -78,7 +79,8 @@ class Op:
         saved = ctx.saved_tensors  # once: checkpointing unpacks each only once
         inputs, extras = saved[: self.tensors], saved[self.tensors :]
         wanted = list(ctx.needs_input_grad[: self.tensors])
-        if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+        if torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy):
+            # The gradient must itself be differentiable (create_graph), or is many at once: torch's own formula.
             grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dy)
         else:
             grads = backward(dy, *inputs, *extras, *ctx.options, wanted)
@@ -102,7 +104,9 @@ def _differentiate(
 
     Each input is replaced by an alias of its own, so that no gradient flows from one to another behind it.
     """
-    aliases = [x if x is None else x.view_as(x) for x in inputs]
-    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
-    grads = iter(torch.autograd.grad(formula(*aliases), chosen, dy, create_graph=True, materialize_grads=True))
+    with torch.enable_grad():
+        aliases = [x if x is None else x.view_as(x) for x in inputs]
+        chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
+        y = formula(*aliases)
+    grads = iter(torch.autograd.grad(y, chosen, dy, create_graph=torch.is_grad_enabled(), materialize_grads=True))
     return tuple(next(grads) if want else None for want in wanted)

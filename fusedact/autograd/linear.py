@@ -19,12 +19,11 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     from fusedact.kernels import activations, linear
 
-    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    M, K = rows.shape
+    M, K = linear.as_rows(x).shape
     config = linear.tile(M, len(weight), K, x.element_size(), backend.chip(x.device)[0])
     with backend.on_device(x):
         y, z = linear.forward(
-            rows,
+            x,
             weight,
             bias,
             getattr(activations, activation),
@@ -32,26 +31,21 @@ def _launch(
             slope,
             backend.dot_precision(x.dtype),
             config,
-            save and not ACTIVATIONS[activation].from_output(*parameters),
+            save and not ACTIVATIONS[activation].from_output(x.dtype, *parameters),
         )
-    shape = _output_shape(x, weight)
-    return y.view(shape), y.new_empty(0) if z is None else z.view(shape)
+    return y, y.new_empty(0) if z is None else z
 
 
 def _fake(x, weight, bias, slope, activation, parameters, save):
-    shape = _output_shape(x, weight)
-    save_z = save and not ACTIVATIONS[activation].from_output(*parameters)
+    shape = (*x.shape[:-1], weight.shape[0])
+    save_z = save and not ACTIVATIONS[activation].from_output(x.dtype, *parameters)
     return x.new_empty(shape), x.new_empty(shape if save_z else 0)
-
-
-def _output_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    return (*x.shape[:-1], weight.shape[0])
 
 
 def _extras(output: tuple[Tensor, ...], options: tuple) -> tuple[Tensor, ...]:
     activation, parameters = options
     y, z = output
-    return (y if ACTIVATIONS[activation].from_output(*parameters) else z,)
+    return (y if ACTIVATIONS[activation].from_output(y.dtype, *parameters) else z,)
 
 
 def _backward(
@@ -68,9 +62,9 @@ def _backward(
     from fusedact.kernels import activations, bias_activation, linear
 
     act_grad = getattr(activations, f"{activation}_grad")
-    if ACTIVATIONS[activation].from_output(*parameters):
+    if ACTIVATIONS[activation].from_output(x.dtype, *parameters):
         act_grad = getattr(activations, f"{activation}_grad_from_output", act_grad)
-    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    rows = linear.as_rows(x)
     M, N = len(rows), len(weight)
     precision = backend.dot_precision(x.dtype)
 
@@ -83,7 +77,7 @@ def _backward(
     with backend.on_device(x):
         dz, db, dslope = bias_activation.backward(
             dy.reshape(M, N),
-            saved.view(M, N),
+            saved.reshape(M, N).contiguous(),  # a hook may have brought it back in another layout
             act_grad,
             tuple(parameters),
             slope,

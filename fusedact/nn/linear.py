@@ -16,7 +16,8 @@ class Linear(torch.nn.Linear):
     activation: None; a name of the table, which makes torch's module for it where torch has one (so that prelu
     brings its slope); or a module, which becomes the child `activation`. Without one this is torch.nn.Linear.
 
-    Shapes: input (*, in_features) -> (*, out_features). Raises ValueError for an unknown name.
+    Shapes: input (*, in_features) -> (*, out_features). Raises ValueError for an unknown name and TypeError for an
+    activation that is neither a name nor a module.
     Source: torch.nn.Linear.
     """
 
@@ -32,6 +33,8 @@ class Linear(torch.nn.Linear):
         activation: str | torch.nn.Module | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if not isinstance(activation, str | torch.nn.Module | None):
+            raise TypeError(f"activation must be a name, a module or None, got {activation!r}")
         named = by_name(activation) if isinstance(activation, str) else None
         self.activation = named.build(device, dtype) if named and named.module else activation
 
