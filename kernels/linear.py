@@ -105,7 +105,7 @@ def _forward_kernel(
         left, right = halves(z)
         quarters = halves(left) + halves(right)
         for q in tl.static_range(4):
-            quarter_cols = pid_n.to(tl.int64) * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            quarter_cols = pid_n * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _store_activated(
                 quarters[q], rows, quarter_cols, b_ptr, slope_ptr, y_ptr, z_ptr,
                 M, N, stride_b, stride_slope, act_params, ACT,
@@ -123,13 +123,13 @@ def _store_activated(
     """act(z + b) and, where wanted, z + b of the products z at these rows and columns."""
     mask_n = cols < N
     if b_ptr is not None:
-        z += tl.load(b_ptr + cols * stride_b, mask=mask_n, other=0.0).to(z.dtype)[None, :]
+        z += tl.load(b_ptr + cols.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(z.dtype)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & mask_n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offsets, narrow(z, z_ptr.dtype.element_ty), mask=mask)
     if slope_ptr is not None:
-        slope = tl.load(slope_ptr + cols * stride_slope, mask=mask_n, other=0.0).to(z.dtype)
+        slope = tl.load(slope_ptr + cols.to(tl.int64) * stride_slope, mask=mask_n, other=0.0).to(z.dtype)
         y = ACT(z, slope[None, :])
     else:
         y = ACT(z, *act_params)
