@@ -114,7 +114,7 @@ def _linear_forward(case: Case) -> Work:
     """Reads x, W and b, writes y, and z where the derivative is taken from it."""
     M, N, K = case.shape
     activation = ACTIVATIONS[case.activation]
-    results = 1 if activation.from_output(*activation.parameters({})) else 2
+    results = 1 if activation.from_output(case.torch_dtype, *activation.parameters({})) else 2
     return Work((M * K + N * K + N + results * M * N) * case.torch_dtype.itemsize, 2 * M * N * K)
 
 
