@@ -69,6 +69,17 @@ def test_triton_asked_for_and_impossible_is_an_error(monkeypatch):
         F.linear(torch.randn(2, 3), torch.randn(4, 3), activation="relu")
 
 
+def test_float32_products_follow_torchs_setting():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert backend.dot_precision(torch.float32) == expected
+            assert backend.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ---- the doors
 
 
