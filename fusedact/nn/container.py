@@ -19,7 +19,7 @@ class Sequential(torch.nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         if not (isinstance(input, torch.Tensor) and backend.uses_triton(input)):
-            for module in self:  # stock's own loop; the call of it would cost 2 % of a tiny network
+            for module in self:  # stock's own loop, without the call of it
                 input = module(input)
             return input
         modules = list(self)
