@@ -22,6 +22,12 @@ settings.register_profile(
 settings.load_profile("kernels")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same numbers in every run, whoever draws them."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run: compiled on a GPU, interpreted on a CPU."""
@@ -43,7 +49,7 @@ def as_accurate_as_torch():
     """check(ours, torch's, truth): our error against float64 is at most twice torch's own in the same dtype.
 
     By norm and by its maximum, each relative to the truth's, plus 1e-6 (1e-12 in float64, whose truth is as rounded
-    as it is). A handful of numbers is no norm but a few draws, of which torch's may be lucky: a rounding more.
+    as it is). A handful of numbers is no norm but a few draws, of which torch's may be lucky: a few roundings more.
     """
 
     def errors(x, truth):
@@ -64,7 +70,7 @@ def as_accurate_as_torch():
         assert ours.dtype == stock.dtype
         slack = 1e-12 if ours.dtype == torch.float64 else 1e-6
         if truth.numel() < 32:
-            slack += torch.finfo(ours.dtype).eps
+            slack += 4 * torch.finfo(ours.dtype).eps
         for kind, own, torchs in zip(("norm", "maximum"), errors(ours, truth), errors(stock, truth), strict=True):
             assert own <= 2 * torchs + slack, kind
 
