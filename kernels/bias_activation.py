@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .activations import prelu_slope_grad
-from .linear import as_arguments, slope_stride
+from .linear import slope_stride
 from .tiles import is_last_program, narrow, ordered_sum
-from .workspace import cdiv, power_of_2, tickets
+from .workspace import as_arguments, cdiv, power_of_2, tickets
 
 PROGRAMS = 1024  # enough to fill any chip in view several times
 

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import blocks_of, is_last_program, narrow, ordered_sum
+from .tiles import LOG2_E, blocks_of, finite_or_0, is_last_program, narrow, ordered_sum
 from .workspace import cdiv, power_of_2, tickets
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
 PROGRAMS = 1024  # partial sums that one program can add in one tile
 
@@ -45,7 +44,7 @@ def _row_in_registers(x_ptrs, mask, ACCUMULATOR: tl.constexpr):
     """Maximum m and Σ exp(x - m) of each row of a (rows, lanes) tile."""
     x = tl.load(x_ptrs, mask=mask, other=-float("inf")).to(ACCUMULATOR)
     m = tl.max(x, 1)
-    s = tl.sum(tl.exp2((x - _finite(m)[:, None]) * LOG2_E), 1)
+    s = tl.sum(tl.exp2((x - finite_or_0(m)[:, None]) * LOG2_E), 1)
     return m, s
 
 
@@ -59,17 +58,11 @@ def _row_online(x_ptr, C, stride_xc, CHUNKS: tl.constexpr, LANES: tl.constexpr, 
         ptrs = x_ptr + (first + cols).to(tl.int64) * stride_xc
         x = tl.load(ptrs, mask=first + cols < C, other=-float("inf")).to(ACCUMULATOR)
         larger = tl.maximum(m, tl.max(x, 0))
-        base = _finite(larger)
+        base = finite_or_0(larger)
         s = s * tl.exp2((m - base) * LOG2_E) + tl.sum(tl.exp2((x - base[None, :]) * LOG2_E), 0)
         m = larger
     row_m = tl.max(m, 0)
-    return row_m, tl.sum(s * tl.exp2((m - _finite(row_m)) * LOG2_E), 0)
-
-
-@triton.jit
-def _finite(m):
-    """0 in place of -inf, so that a row of nothing but -inf sums to 0 rather than to NaN on the way."""
-    return tl.where(m == -float("inf"), 0.0, m)
+    return row_m, tl.sum(s * tl.exp2((m - finite_or_0(row_m)) * LOG2_E), 0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

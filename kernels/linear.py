@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .activations import identity
 from .tiles import blocks_of, grouped_tile, halves, narrow, widen, within
-from .workspace import cdiv, power_of_2
+from .workspace import as_arguments, cdiv, power_of_2
 
 ACCUMULATOR = {torch.float64: tl.float64}
 PROGRAMS_TO_FILL = 128  # about one program for each multiprocessor of the chips in view
@@ -175,8 +175,3 @@ def as_rows(x):
 def slope_stride(slope):
     """0 where one slope serves every column."""
     return 0 if slope is None or slope.numel() == 1 else slope.stride(0)
-
-
-def as_arguments(params, dtype):
-    """Triton passes a float as float32: a float64 kernel is compiled for its parameters instead."""
-    return tuple(map(tl.constexpr, params)) if dtype == torch.float64 else tuple(params)

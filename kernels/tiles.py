@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -57,6 +58,12 @@ def tanh(x):
 
 
 @triton.jit
+def finite_or_0(m):
+    """0 in place of -inf, so that a row of nothing but -inf sums to 0 rather than to NaN on the way."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
 def clamp(x, low, high):
     """x between low and high; NaN stays NaN."""
     low, high = like(low, x), like(high, x)
@@ -76,6 +83,13 @@ def within(offsets, mask, BLOCK: tl.constexpr):
     Where the layout allows such a load, one that crosses the edge stays in its aligned 16 bytes.
     """
     return tl.max_contiguous(tl.multiple_of(tl.where(mask, offsets, 0), BLOCK), BLOCK)
+
+
+@triton.jit
+def strided(offsets, size_1, size_2, stride_0, stride_1, stride_2):
+    """Where the elements of these numbers, counted along (size 0, size 1, size 2), stand in a tensor's memory."""
+    rest = offsets // size_2
+    return rest // size_1 * stride_0 + rest % size_1 * stride_1 + offsets % size_2 * stride_2
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What launchers share on the host: counters, of which each device and stream has a block, and their arithmetic.
+"""What launchers share on the host: arithmetic, views, and counters, of which each device and stream has a block.
 
 A launch leaves its counters as it found them, at 0.
 """
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import torch
+import triton.language as tl
 
 _HELD: dict[tuple[torch.device, int], torch.Tensor] = {}
 _SPARE: dict[torch.device, torch.Tensor] = {}  # zeros for the launches of CUDA graphs, 256 KB
@@ -21,6 +22,43 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The least power of 2 that is at least n."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def as_arguments(params, dtype):
+    """Triton passes a float as float32: a float64 kernel is compiled for its parameters instead."""
+    return tuple(map(tl.constexpr, params)) if dtype == torch.float64 else tuple(params)
+
+
+def around(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x as (before, classes, after) around that dimension, a view where the strides allow one.
+
+    Where nothing comes after, what comes before takes its place, (1, classes, before): rows that follow each other
+    are then always along the last dimension.
+    """
+    x = x.reshape(x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
+    return x.permute(2, 1, 0) if x.shape[2] == 1 else x
+
+
+def collapse(*tensors: torch.Tensor) -> tuple[list[int], list[list[int]]]:
+    """The fewest dimensions in which all of these tensors, of one shape, can be walked: sizes, and strides of each.
+
+    Dimensions of size 1 go, and two that follow each other in every tensor's memory become one.
+    """
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for dim, size in enumerate(tensors[0].shape):
+        if size == 1:
+            continue
+        own = [t.stride(dim) for t in tensors]
+        if sizes and all(steps[-1] == size * step for steps, step in zip(strides, own, strict=True)):
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            for steps in strides:
+                steps.append(0)
+        for steps, step in zip(strides, own, strict=True):
+            steps[-1] = step
+    return sizes, strides
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 import fusedact
 from fusedact.activations import ACTIVATIONS, by_name, of_module
 from fusedact.kernels import activations as device_functions
-from fusedact.kernels.linear import as_arguments
+from fusedact.kernels.workspace import as_arguments
 
 SLOPE = 0.25
 KINKS = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0, -20.0]

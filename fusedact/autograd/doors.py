@@ -18,9 +18,10 @@ from fusedact import backend
 class Op:
     """A fused op: its arguments are `tensors` tensors (or None), then options that a schema can carry.
 
-    launch(*args, save) gives the result first, then what else it computed; `extras` picks from that what the
-    backward needs. backward(dy, *tensors, *extras, *options, wanted) gives a gradient per tensor, an empty tensor
-    where it is not wanted. `composite(*args)` is the same in torch's own operations.
+    launch(*args, save) gives the results first, then what else it computed; `results` says how many the caller gets
+    under those options, and `extras` picks what the backward needs. backward(*dys, *tensors, *extras, *options,
+    wanted) takes a gradient for as many as may ever be results, None where there is none, and gives one for each
+    tensor, an empty tensor where it is not wanted. `composite(*args)` is the same in torch's own operations.
     """
 
     name: str
@@ -32,38 +33,45 @@ class Op:
     backward_schema: str
     backward: Callable[..., tuple[Tensor, ...]]
     backward_fake: Callable[..., tuple[Tensor, ...]]
-    composite: Callable[..., Tensor]
+    composite: Callable[..., Any]
+    results: Callable[[tuple], int] = lambda options: 1
+    most_results: int = 1
 
-    def register(self) -> Callable[..., Tensor]:
+    def register(self) -> Callable[..., Any]:
         """Register the op and its backward with torch; return the function that goes through the doors."""
         forward_op = _define(self.name, self.schema, self.launch, self.fake)
         backward_op = _define(f"{self.name}_backward", self.backward_schema, self.backward, self.backward_fake)
         torch.library.register_autograd(
             f"fusedact::{self.name}",
-            lambda ctx, dy, *_: (*self._gradients(ctx, dy, backward_op), None),
+            lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
             setup_context=lambda ctx, inputs, output: self._save(ctx, inputs[:-1], output),
         )
         function = self._function()
 
-        def through_a_door(*args: Any) -> Tensor:
+        def through_a_door(*args: Any) -> Any:
             tensors = [t for t in args[: self.tensors] if t is not None]
             save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
             if backend.transforming():
                 return self.composite(*args)
             if torch.compiler.is_compiling() or backend.dispatching(tensors):
-                return forward_op(*args, save)[0]
-            return function.apply(*args) if save else self.launch(*args, False)[0]
+                return self._presented(forward_op(*args, save), args[self.tensors :])
+            return function.apply(*args) if save else self._presented(self.launch(*args, False), args[self.tensors :])
 
         return through_a_door
 
+    def _presented(self, output: tuple[Tensor, ...], options: tuple) -> Any:
+        count = self.results(options)
+        return output[0] if count == 1 else output[:count]
+
     def _function(self) -> type[torch.autograd.Function]:
-        def forward(ctx: Any, *args: Any) -> Tensor:
+        def forward(ctx: Any, *args: Any) -> Any:
             output = self.launch(*args, True)
             self._save(ctx, args, output)
-            return output[0]
+            ctx.set_materialize_grads(False)
+            return self._presented(output, ctx.options)
 
-        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-            return self._gradients(ctx, dy, self.backward)
+        def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+            return self._gradients(ctx, dys, self.backward)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = self.name.title().replace("_", "")  # as users read it in `grad_fn` and in errors
@@ -74,16 +82,21 @@ class Op:
         ctx.save_for_backward(*args[: self.tensors], *self.extras(output, ctx.options))
 
     def _gradients(
-        self, ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]
+        self, ctx: Any, dys: tuple[Tensor | None, ...], backward: Callable[..., tuple[Tensor, ...]]
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks each only once
         inputs, extras = saved[: self.tensors], saved[self.tensors :]
         wanted = list(ctx.needs_input_grad[: self.tensors])
-        if torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy):
+        dys = dys[: self.results(ctx.options)]
+        given = [dy for dy in dys if dy is not None]
+        if not given:
+            return (None,) * (self.tensors + len(ctx.options))
+        if torch.is_grad_enabled() or backend.transforming() or any(map(backend.is_batched, given)):
             # The gradient must itself be differentiable (create_graph), or is many at once: torch's own formula.
-            grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dy)
+            grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dys)
         else:
-            grads = backward(dy, *inputs, *extras, *ctx.options, wanted)
+            absent = [None] * (self.most_results - len(dys))
+            grads = backward(*dys, *absent, *inputs, *extras, *ctx.options, wanted)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *kept, *(None for _ in ctx.options)
 
@@ -98,7 +111,10 @@ def _define(name: str, schema: str, launch: Callable, fake: Callable) -> Callabl
 
 
 def _differentiate(
-    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], dy: Tensor
+    formula: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of formula(*inputs) in torch's own recorded operations.
 
@@ -108,5 +124,8 @@ def _differentiate(
         aliases = [x if x is None else x.view_as(x) for x in inputs]
         chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
         y = formula(*aliases)
-    grads = iter(torch.autograd.grad(y, chosen, dy, create_graph=torch.is_grad_enabled(), materialize_grads=True))
+    results = [(y, dy) for y, dy in zip(y if isinstance(y, tuple) else (y,), dys, strict=True) if dy is not None]
+    outputs, grad_outputs = zip(*results, strict=True)
+    create_graph = torch.is_grad_enabled()
+    grads = iter(torch.autograd.grad(outputs, chosen, grad_outputs, create_graph=create_graph, materialize_grads=True))
     return tuple(next(grads) if want else None for want in wanted)

@@ -136,9 +136,9 @@ from torch.nn.functional import upsample as upsample
 from torch.nn.functional import upsample_bilinear as upsample_bilinear
 from torch.nn.functional import upsample_nearest as upsample_nearest
 
-from fusedact.functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
-from fusedact.functional import cross_entropy as cross_entropy
-from fusedact.functional import linear as linear
+from fusedact.functional.binary_losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from fusedact.functional.losses import cross_entropy as cross_entropy
+from fusedact.functional.products import linear as linear
 
 BroadcastingList1: Any
 BroadcastingList2: Any
