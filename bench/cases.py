@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ PHASES = ("forward", "backward", "both")
 class Case:
     """One op at one shape and dtype.
 
-    shape: linear_act (M, N, K), cross_entropy (rows, classes), bce_with_logits (elements,)
+    shape: linear_act (M, N, K), of classes (rows, classes, ...), of yes and no (elements,) or (rows, classes)
     precision: torch's float32 matmul precision
     threshold: the least ratio to stock eager, in device time of each phase and in wall time of both
     target: the ratio of both phases that a later version promises
@@ -130,9 +132,37 @@ def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Cal
     def work(case: Case) -> Work:
         elements = prod(case.shape)
         moved = (reads + writes) * elements * case.torch_dtype.itemsize
-        return Work(moved + label_bytes * case.shape[0], flops * elements)
+        return Work(moved + label_bytes * (elements // case.shape[1] if label_bytes else 0), flops * elements)
 
     return work
+
+
+def _logits(case: Case) -> Tensor:
+    return torch.randn(case.shape, dtype=case.torch_dtype)
+
+
+def _labelled(case: Case) -> tuple[Tensor, Tensor]:
+    rows = (case.shape[0], *case.shape[2:])
+    return _logits(case), torch.randint(case.shape[1], rows)
+
+
+def _halved(case: Case) -> tuple[Tensor, Tensor]:
+    """Logits, and how likely each is."""
+    return _logits(case), torch.rand(case.shape, dtype=case.torch_dtype)
+
+
+def _class_weights(case: Case) -> Tensor:
+    return torch.linspace(0.5, 1.5, case.shape[-1] if case.op.startswith("bce") else case.shape[1])
+
+
+def _with_weights(
+    function: Callable[..., Tensor], name: str, **options: Any
+) -> Callable[[Case], Callable[..., Tensor]]:
+    def formula(case: Case) -> Callable[..., Tensor]:
+        weights = _class_weights(case).to(torch.get_default_device(), case.torch_dtype)
+        return lambda x, target: function(x, target, **{name: weights}, **options)
+
+    return formula
 
 
 OPS = {
@@ -145,23 +175,80 @@ OPS = {
     ),
     "cross_entropy": Op(
         module=lambda nn, case: nn.CrossEntropyLoss(),
-        inputs=lambda case: (
-            torch.randn(case.shape, dtype=case.torch_dtype),
-            torch.randint(case.shape[1], case.shape[:1]),
-        ),
+        inputs=_labelled,
         formula=lambda case: F.cross_entropy,
         forward=_loss_work(1, 0, flops=4, label_bytes=8),  # maximum, difference, exponential, sum
         backward=_loss_work(1, 1, flops=4, label_bytes=8),  # difference, exponential, two products
     ),
     "bce_with_logits": Op(
         module=lambda nn, case: nn.BCEWithLogitsLoss(),
-        inputs=lambda case: (
-            torch.randn(case.shape, dtype=case.torch_dtype),
-            torch.rand(case.shape, dtype=case.torch_dtype),
-        ),
+        inputs=_halved,
         formula=lambda case: F.binary_cross_entropy_with_logits,
         forward=_loss_work(2, 0, flops=8),  # 1 - t, product, |x|, exponential, logarithm, minimum, two sums
         backward=_loss_work(2, 1, flops=5),  # exponential, sum, quotient, difference, product
+    ),
+    "cross_entropy_smoothed": Op(
+        module=lambda nn, case: nn.CrossEntropyLoss(_class_weights(case), label_smoothing=0.1),
+        inputs=_labelled,
+        formula=_with_weights(F.cross_entropy, "weight", label_smoothing=0.1),
+        forward=_loss_work(1, 0, flops=6, label_bytes=8),
+        backward=_loss_work(1, 1, flops=6, label_bytes=8),
+    ),
+    "cross_entropy_probabilities": Op(
+        module=lambda nn, case: nn.CrossEntropyLoss(),
+        inputs=lambda case: (_logits(case), _logits(case).softmax(1)),
+        formula=lambda case: F.cross_entropy,
+        forward=_loss_work(2, 0, flops=6),
+        backward=_loss_work(2, 1, flops=5),
+    ),
+    "nll_loss": Op(
+        module=lambda nn, case: nn.NLLLoss(),
+        inputs=_labelled,
+        formula=lambda case: F.nll_loss,
+        forward=_loss_work(0, 0, flops=0, label_bytes=8),
+        backward=_loss_work(0, 1, flops=0, label_bytes=8),
+    ),
+    "softmax": Op(
+        module=lambda nn, case: nn.Softmax(1),
+        inputs=lambda case: (_logits(case),),
+        formula=lambda case: partial(F.softmax, dim=1),
+        forward=_loss_work(1, 1, flops=5),
+        backward=_loss_work(2, 1, flops=4),
+    ),
+    "log_softmax": Op(
+        module=lambda nn, case: nn.LogSoftmax(1),
+        inputs=lambda case: (_logits(case),),
+        formula=lambda case: partial(F.log_softmax, dim=1),
+        forward=_loss_work(1, 1, flops=5),
+        backward=_loss_work(2, 1, flops=4),
+    ),
+    "bce_with_logits_weighted": Op(
+        module=lambda nn, case: nn.BCEWithLogitsLoss(pos_weight=_class_weights(case)),
+        inputs=_halved,
+        formula=_with_weights(F.binary_cross_entropy_with_logits, "pos_weight"),
+        forward=_loss_work(2, 0, flops=10),
+        backward=_loss_work(2, 1, flops=7),
+    ),
+    "bce": Op(
+        module=lambda nn, case: nn.BCELoss(),
+        inputs=lambda case: (torch.rand(case.shape, dtype=case.torch_dtype), _halved(case)[1]),
+        formula=lambda case: F.binary_cross_entropy,
+        forward=_loss_work(2, 0, flops=8),
+        backward=_loss_work(2, 1, flops=5),
+    ),
+    "multilabel_soft_margin": Op(
+        module=lambda nn, case: nn.MultiLabelSoftMarginLoss(),
+        inputs=lambda case: (_logits(case), torch.randint(2, case.shape).to(case.torch_dtype)),
+        formula=lambda case: F.multilabel_soft_margin_loss,
+        forward=_loss_work(2, 0, flops=8),
+        backward=_loss_work(2, 1, flops=5),
+    ),
+    "prelu": Op(
+        module=lambda nn, case: nn.PReLU(case.shape[1]),
+        inputs=lambda case: (_logits(case),),
+        formula=lambda case: F.prelu,
+        forward=_loss_work(1, 1, flops=2),
+        backward=_loss_work(2, 1, flops=3),
     ),
 }
 
@@ -203,6 +290,18 @@ CASES = (
     Case("cross_entropy", (32768, 128256), "float32", target=2.0),
     Case("linear_act", (8192, 8192, 8192), "float32", "relu", "high"),
     Case("linear_act", (8192, 8192, 8192), "float32", "relu", target=1.8),
+    Case("cross_entropy_smoothed", (4096, 32000), "bfloat16", target=2.0),
+    Case("cross_entropy_smoothed", (32768, 1000), "float32", target=2.0),
+    Case("cross_entropy_probabilities", (32768, 1000), "bfloat16", target=2.0),
+    Case("cross_entropy", (16, 21, 65536), "bfloat16", target=2.0),
+    Case("nll_loss", (32768, 1000), "float32"),
+    Case("softmax", (4096, 32000), "bfloat16"),
+    Case("softmax", (32768, 1000), "float32"),
+    Case("log_softmax", (4096, 32000), "bfloat16"),
+    Case("bce_with_logits_weighted", (2**16, 1000), "float32", target=3.9),
+    Case("bce", (2**26,), "float32"),
+    Case("multilabel_soft_margin", (2**16, 1000), "float32", target=3.9),
+    Case("prelu", (2**15, 1024), "bfloat16"),
 )
 # fmt: on
 

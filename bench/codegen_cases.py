@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedact.activations import ACTIVATIONS
 from fusedact.kernels import activations as device
-from fusedact.kernels import bce, bias_activation, cross_entropy, linear
+from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, linear, multilabel, nll, softmax
 
 
 @dataclass(frozen=True)
@@ -87,35 +87,122 @@ def bias_activation_backward(chip, p, M, N, activation="relu", db=True, slopes=N
     return Work(config, elements * p.dtype.itemsize)
 
 
-def cross_entropy_forward(chip, p, N, C, reduction="mean", save=True):
-    config = cross_entropy.tile(C, p.dtype.itemsize, chip.target.warp_size)
-    target = torch.empty(N, dtype=torch.int64, device="meta")
-    _, stats, _ = cross_entropy.forward(p.empty(N, C), target, -100, reduction, config, save)
-    losses = N if reduction == "none" else 1
-    saved = stats.nbytes if save else 0
-    return Work(config, (N * C + losses) * p.dtype.itemsize + target.nbytes + saved)
+def activation_forward(chip, p, *shape, activation="relu", slopes=None, channels_last=False):
+    config = elementwise.tile(p.dtype.itemsize)
+    act_params, slope = parameters(activation, p.empty(slopes or shape[-1 if len(shape) == 1 else 1]))
+    x = p.empty(*shape).to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    elementwise.forward(x, getattr(device, activation), act_params, slope, config)
+    return Work(config, 2 * x.nbytes)
 
 
-def cross_entropy_backward(chip, p, N, C):
-    config = cross_entropy.tile(C, p.dtype.itemsize, chip.target.warp_size)
-    target = torch.empty(N, dtype=torch.int64, device="meta")
+def activation_backward(chip, p, *shape, activation="relu", slopes=None, channels_last=False):
+    config = elementwise.tile(p.dtype.itemsize)
+    act_params, slope = parameters(activation, p.empty(slopes or shape[-1 if len(shape) == 1 else 1]))
+    x = p.empty(*shape).to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    act_grad = getattr(device, f"{activation}_grad")
+    elementwise.backward(torch.empty_like(x), x, act_grad, act_params, slope, True, slope is not None, config)
+    return Work(config, 3 * x.nbytes)
+
+
+def cross_entropy_tensors(p, shape, options):
+    """Logits, target, class weight and sample weight, for what of these is in the options."""
+    rows = (shape[0], *shape[2:])
+    probabilities = options.get("probabilities", False)
+    target = p.empty(*shape) if probabilities else torch.empty(rows, dtype=torch.int64, device="meta")
+    weight = p.empty(shape[1]) if options.get("weight") else None
+    return p.empty(*shape), target, weight, p.empty(*rows) if options.get("sample_weight") else None
+
+
+def cross_entropy_numbers(options):
+    return tuple(options.get(name, 0.0) for name in ("smoothing", "z_loss", "softcap"))
+
+
+def cross_entropy_forward(chip, p, *shape, reduction="mean", save=True, **options):
+    x, *others = cross_entropy_tensors(p, shape, options)
+    two_streams = "probabilities" in options or {"weight", "smoothing"} <= set(options)
+    streams = 2 ** (two_streams + ("softcap" in options))
+    config = cross_entropy.tile(
+        shape[1], cross_entropy.rows_after(x), x.element_size(), streams, chip.target.warp_size
+    )  # fmt: skip
+    numbers = cross_entropy_numbers(options)
+    loss, _, stats, _ = cross_entropy.forward(x, *others, -100, reduction, *numbers, False, config, save)
+    tensors = (x, *others, loss, stats)
+    return Work(config, sum(t.nbytes for t in tensors if t is not None))
+
+
+def cross_entropy_backward(chip, p, *shape, **options):
+    x, *others = cross_entropy_tensors(p, shape, options)
+    config = cross_entropy.tile(shape[1], cross_entropy.rows_after(x), x.element_size(), 1, chip.target.warp_size)
     statistic = PRECISIONS["fp64" if p.dtype == torch.float64 else "fp32"].empty
-    stats, count = statistic(2, N), statistic(1)
-    cross_entropy.backward(p.empty(), p.empty(N, C), target, stats, count, -100, config)
-    return Work(config, 2 * N * C * p.dtype.itemsize + target.nbytes + stats.nbytes)
+    stats = statistic(3 if options.get("probabilities") or options.get("weight") else 2, x.numel() // shape[1])
+    cross_entropy.backward(
+        p.empty(), None, x, *others, stats, statistic(1), -100, *cross_entropy_numbers(options), True, False
+    )
+    return Work(config, sum(t.nbytes for t in (x, x, *others, stats) if t is not None))
 
 
-def bce_forward(chip, p, n, reduction="mean"):
-    config = bce.tile()
-    bce.forward(p.empty(n), p.empty(n), reduction, config)
-    return Work(config, (2 * n + (n if reduction == "none" else 1)) * p.dtype.itemsize)
+def nll_forward(chip, p, *shape, reduction="mean"):
+    config = nll.tile()
+    x, target = p.empty(*shape), torch.empty((shape[0], *shape[2:]), dtype=torch.int64, device="meta")
+    loss, _ = nll.forward(x, target, None, -100, reduction, config)
+    return Work(config, target.numel() * p.dtype.itemsize + target.nbytes + loss.nbytes)
 
 
-def bce_backward(chip, p, n, reduction="mean"):
-    config = bce.tile()
-    dloss = p.empty(n) if reduction == "none" else p.empty()
-    bce.backward(dloss, p.empty(n), p.empty(n), reduction, config)
-    return Work(config, (3 * n + dloss.numel()) * p.dtype.itemsize)
+def nll_backward(chip, p, *shape):
+    config = nll.tile()
+    x, target = p.empty(*shape), torch.empty((shape[0], *shape[2:]), dtype=torch.int64, device="meta")
+    nll.backward(p.empty(), x, target, p.empty(shape[1]), None, -100)
+    return Work(config, x.nbytes + target.nbytes)
+
+
+def binary_tensors(p, shape, labels=False, pos_weight=False, weight=False):
+    """Input, target and, where asked for, weight and pos_weight of a number per class."""
+    classes = p.empty(shape[-1])
+    target = torch.empty(shape, dtype=torch.int64, device="meta") if labels else p.empty(*shape)
+    return p.empty(*shape), target, classes if weight else None, classes if pos_weight else None
+
+
+def bce_forward(chip, p, *shape, reduction="mean", loss="LOGITS", **options):
+    tensors = binary_tensors(p, shape, **options)
+    divisor = None if reduction == "none" else tensors[0].numel()
+    config = bce.tile(p.dtype.itemsize)
+    result = bce.forward(getattr(bce, loss), *tensors, divisor, config)
+    return Work(config, sum(t.nbytes for t in (*tensors, result) if t is not None))
+
+
+def bce_backward(chip, p, *shape, reduction="mean", loss="LOGITS", both=False, **options):
+    tensors = binary_tensors(p, shape, **options)
+    dloss = p.empty(*shape) if reduction == "none" else p.empty()
+    formula = multilabel.SOFT_MARGIN if loss == "SOFT_MARGIN" else getattr(bce, loss)
+    config = bce.tile(p.dtype.itemsize)
+    gradients = bce.backward(formula, dloss, *tensors, tensors[0].numel(), True, both, config)
+    return Work(config, sum(t.nbytes for t in (dloss, *tensors, *gradients) if t is not None))
+
+
+def multilabel_rows(chip, p, N, C, **options):
+    x, target, weight, _ = binary_tensors(p, (N, C), **options)
+    config = multilabel.tile(C, p.dtype.itemsize)
+    loss = multilabel.forward_rows(x, target, weight, config)
+    return Work(config, sum(t.nbytes for t in (x, target, weight, loss) if t is not None))
+
+
+def softmax_forward(chip, p, *shape, dim=-1, kind="softmax", dtype=None):
+    """A row too wide for the registers is read twice; what is counted is once."""
+    dim, dtype = dim % len(shape), dtype or p.dtype
+    x = p.empty(*shape)
+    itemsize = 8 if torch.float64 in (p.dtype, dtype) else 4
+    config = softmax.tile(x.shape, x.stride(), dim, itemsize, 1, chip.target.warp_size)
+    y = softmax.forward(x, dim, dtype, kind == "log_softmax", kind == "softmin", config)
+    return Work(config, x.nbytes + y.nbytes)
+
+
+def softmax_backward(chip, p, *shape, dim=-1, kind="softmax"):
+    """A row too wide for the registers is read twice; what is counted is once."""
+    dim = dim % len(shape)
+    dy, y = p.empty(*shape), p.empty(*shape)
+    config = softmax.tile(y.shape, y.stride(), dim, max(4, p.dtype.itemsize), 2, chip.target.warp_size)
+    dx = softmax.backward(dy, y, dim, p.dtype, kind == "log_softmax", kind == "softmin", config)
+    return Work(config, dy.nbytes + y.nbytes + dx.nbytes)
 
 
 # Cases
@@ -174,6 +261,21 @@ CASES = (
     Case(bias_activation_backward, "fp32", (8192, 8192)),
     Case(bias_activation_backward, "fp64", (1024, 1024), {"activation": "prelu"}),
     Case(bias_activation_backward, "fp64", (1024, 1024), {"activation": "gelu"}),
+    Case(activation_forward, "bf16", (2**26,)),
+    Case(activation_forward, "bf16", (2**26,), {"activation": "softsign"}),
+    Case(activation_forward, "bf16", (64, 256, 56, 56), {"activation": "prelu"}),
+    Case(activation_forward, "bf16", (64, 256, 56, 56), {"activation": "prelu", "channels_last": True}),
+    Case(activation_forward, "fp32", (2**26,), {"activation": "tanhshrink"}),
+    Case(activation_forward, "fp64", (2**22,), {"activation": "gelu"}),
+    Case(activation_backward, "bf16", (2**26,), {"activation": "squared_relu"}),
+    Case(activation_backward, "bf16", (2**26,), {"activation": "mish"}),
+    Case(activation_backward, "bf16", (2**26,), {"activation": "prelu", "slopes": 1}),
+    Case(activation_backward, "bf16", (64, 256, 56, 56), {"activation": "prelu"}),
+    Case(activation_backward, "bf16", (64, 256, 56, 56), {"activation": "prelu", "channels_last": True}),
+    Case(activation_backward, "bf16", (8192, 8192), {"activation": "prelu"}),
+    Case(activation_backward, "fp32", (2**26,), {"activation": "softsign"}),
+    Case(activation_backward, "fp32", (8192, 8192), {"activation": "prelu"}),
+    Case(activation_backward, "fp64", (1024, 1024), {"activation": "prelu", "slopes": 1}),
     Case(cross_entropy_forward, "bf16", (32768, 10)),
     Case(cross_entropy_forward, "bf16", (32768, 1000)),
     Case(cross_entropy_forward, "bf16", (4096, 32000)),
@@ -189,12 +291,67 @@ CASES = (
     Case(cross_entropy_backward, "bf16", (4096, 128256)),
     Case(cross_entropy_backward, "fp32", (4096, 32000)),
     Case(cross_entropy_backward, "fp64", (4096, 8192)),
+    Case(cross_entropy_forward, "bf16", (16, 21, 65536)),
+    Case(cross_entropy_forward, "bf16", (16, 150, 65536), {"weight": True, "smoothing": 0.1}),
+    Case(cross_entropy_forward, "bf16", (4096, 32000), {"smoothing": 0.1}),
+    Case(cross_entropy_forward, "bf16", (4096, 32000), {"weight": True, "smoothing": 0.1}),
+    Case(cross_entropy_forward, "bf16", (4096, 32000), {"z_loss": 1e-4, "softcap": 30.0, "sample_weight": True}),
+    Case(cross_entropy_forward, "bf16", (4096, 128256), {"z_loss": 1e-4, "softcap": 30.0}),
+    Case(cross_entropy_forward, "bf16", (4096, 128256), {"smoothing": 0.1}),
+    Case(cross_entropy_forward, "bf16", (32768, 1000), {"probabilities": True, "smoothing": 0.1}),
+    Case(cross_entropy_forward, "fp32", (4096, 16384), {"probabilities": True, "weight": True}),
+    Case(cross_entropy_forward, "bf16", (4096, 32000), {"probabilities": True}),
+    Case(cross_entropy_backward, "bf16", (16, 21, 65536)),
+    Case(cross_entropy_backward, "bf16", (4096, 32000), {"weight": True, "smoothing": 0.1}),
+    Case(cross_entropy_backward, "bf16", (4096, 128256), {"z_loss": 1e-4, "softcap": 30.0}),
+    Case(cross_entropy_backward, "bf16", (32768, 1000), {"probabilities": True, "smoothing": 0.1}),
+    Case(nll_forward, "bf16", (32768, 1000)),
+    Case(nll_forward, "fp32", (16, 21, 65536), {"reduction": "none"}),
+    Case(nll_backward, "bf16", (32768, 1000)),
+    Case(nll_backward, "fp32", (16, 21, 65536)),
     Case(bce_forward, "bf16", (2**26,)),
     Case(bce_forward, "bf16", (2**26,), {"reduction": "none"}),
     Case(bce_forward, "fp32", (2**26,)),
     Case(bce_forward, "fp64", (2**20,)),
     Case(bce_backward, "bf16", (2**26,)),
     Case(bce_backward, "fp32", (2**26,), {"reduction": "none"}),
+    Case(bce_forward, "bf16", (65536, 1024), {"weight": True, "pos_weight": True}),
+    Case(bce_forward, "fp32", (65536, 1024), {"weight": True, "pos_weight": True, "reduction": "none"}),
+    Case(bce_forward, "fp64", (1024, 1024), {"weight": True, "pos_weight": True}),
+    Case(bce_forward, "bf16", (2**26,), {"loss": "PROBABILITIES"}),
+    Case(bce_forward, "fp32", (65536, 1024), {"loss": "PROBABILITIES", "weight": True}),
+    Case(bce_backward, "bf16", (65536, 1024), {"weight": True, "pos_weight": True, "both": True}),
+    Case(bce_backward, "fp64", (1024, 1024), {"weight": True, "pos_weight": True, "both": True}),
+    Case(bce_backward, "bf16", (2**26,), {"loss": "PROBABILITIES", "both": True}),
+    Case(bce_backward, "fp32", (65536, 1024), {"loss": "SOFT_MARGIN", "weight": True}),
+    Case(multilabel_rows, "bf16", (65536, 1024)),
+    Case(multilabel_rows, "fp32", (65536, 1024), {"weight": True}),
+    Case(multilabel_rows, "fp64", (1024, 1024), {"labels": True}),
+    Case(softmax_forward, "bf16", (32768, 10)),
+    Case(softmax_forward, "bf16", (32768, 1000)),
+    Case(softmax_forward, "bf16", (32768, 1000), {"kind": "log_softmax"}),
+    Case(softmax_forward, "bf16", (32768, 1000), {"kind": "softmin", "dtype": torch.float32}),
+    Case(softmax_forward, "bf16", (4096, 32000)),
+    Case(softmax_forward, "bf16", (4096, 128256)),
+    Case(softmax_forward, "bf16", (16, 21, 65536), {"dim": 1}),
+    Case(softmax_forward, "bf16", (16, 4096, 1024), {"dim": 1}),
+    Case(softmax_forward, "fp32", (4096, 32000)),
+    Case(softmax_forward, "fp32", (4096, 128256), {"kind": "log_softmax"}),
+    Case(softmax_forward, "fp32", (16, 1000, 1024), {"dim": 1}),
+    Case(softmax_forward, "fp64", (4096, 4096)),
+    Case(softmax_forward, "fp64", (4096, 8192)),
+    Case(softmax_backward, "bf16", (32768, 10)),
+    Case(softmax_backward, "bf16", (32768, 1000)),
+    Case(softmax_backward, "bf16", (32768, 1000), {"kind": "log_softmax"}),
+    Case(softmax_backward, "bf16", (4096, 16384)),
+    Case(softmax_backward, "bf16", (4096, 32000)),
+    Case(softmax_backward, "bf16", (4096, 128256), {"kind": "log_softmax"}),
+    Case(softmax_backward, "bf16", (16, 21, 65536), {"dim": 1}),
+    Case(softmax_backward, "bf16", (16, 4096, 1024), {"dim": 1}),
+    Case(softmax_backward, "fp32", (4096, 16384)),
+    Case(softmax_backward, "fp32", (4096, 32000)),
+    Case(softmax_backward, "fp64", (4096, 2048)),
+    Case(softmax_backward, "fp64", (4096, 8192)),
 )  # fmt: skip
 
 EVERY_ACTIVATION = tuple(

@@ -1,6 +1,7 @@
 """torch.nn with every linear+activation and every classification loss as one fused kernel."""
 
 from fusedact import nn as nn
+from fusedact.activations import register_activation as register_activation
 from fusedact.backend import get_backend as get_backend
 from fusedact.backend import set_backend as set_backend
 from fusedact.backend import use_backend as use_backend

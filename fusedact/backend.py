@@ -7,7 +7,7 @@ The choice is the process's: `FUSEDACT_BACKEND`, read at the first call, then `s
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types whose memory a kernel may read
+_HERE = nullcontext()
 _chosen: str | None = None
 _Result = TypeVar("_Result")
 
@@ -62,8 +63,8 @@ def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether ops on x run Triton kernels. RuntimeError with the cause where 'triton' was asked for and cannot."""
-    name = get_backend()
-    if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
+    name = _chosen or get_backend()
+    if (name == "auto" and not x.is_cuda) or name == "torch" or x.is_meta:
         return False
     problem = triton_problem(x.device)
     if problem is None:
@@ -95,6 +96,25 @@ def _triton_problem(device: torch.device) -> str | None:
     return None
 
 
+def looks_at_values(t: Tensor) -> bool:
+    """Whether labels and probabilities out of range are looked for, before a launch.
+
+    On a CPU they are; on a GPU, where that is a synchronisation, under FUSEDACT_CHECKS=1. Never while torch traces,
+    transforms or captures a graph.
+    """
+    if torch.compiler.is_compiling() or transforming() or dispatching() or type(t) not in PLAIN:
+        return False
+    return not t.is_cuda or (_checks() and not torch.cuda.is_current_stream_capturing())
+
+
+@functools.cache
+def _checks() -> bool:
+    value = os.environ.get("FUSEDACT_CHECKS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"FUSEDACT_CHECKS is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 @functools.cache
 def _warn_once(problem: str) -> None:
     warnings.warn(f"fusedact runs stock PyTorch operations: {problem}", RuntimeWarning, stacklevel=4)
@@ -114,17 +134,22 @@ def on_device(x: Tensor) -> AbstractContextManager:
     """x's GPU made current where it is not: a launch goes to the current one."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return nullcontext()
+    return _HERE
+
+
+# What torch.backends.cuda.matmul.fp32_precision asks, without its microsecond of Python.
+_float32_precision = torch._C._get_fp32_precision_getter
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s input_precision: float32 products follow torch's own setting, old or new."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _float32_precision("cuda", "matmul") == "tf32" else "ieee"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The low precision of the autocast region that x is in, or None outside one."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -135,23 +160,21 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_batched(t: Tensor) -> bool:
+def is_batched(t: Tensor | None) -> bool:
     """Many gradients in one, of `is_grads_batched=True`."""
-    return torch._C._functorch.is_legacy_batchedtensor(t)
+    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def dispatching(tensors: Iterable[Tensor]) -> bool:
-    """A dispatch mode is on (fake tensors, FLOP counting, selective checkpointing) or a subclass is among them."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in _PLAIN for t in tensors)
+def dispatching() -> bool:
+    """A dispatch mode is on: fake tensors, FLOP counting, selective checkpointing."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
-def overrides(t: Tensor) -> bool:
-    """A subclass that torch's functions know how to take and a kernel does not.
+def is_transparent(t: Tensor) -> bool:
+    """A subclass whose memory a kernel may read as a tensor's.
 
-    It has a __torch_function__ of its own, or wraps other tensors, as DTensor does. Not `has_torch_function`, which
-    is also true inside `with torch.device(...)` and every other function mode.
+    It has no __torch_function__ of its own and wraps no other tensors, as DTensor does. Not `has_torch_function`,
+    which is also true inside `with torch.device(...)` and every other function mode.
     """
     kind = type(t)
-    if kind in _PLAIN:
-        return False
-    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl or is_traceable_wrapper_subclass(t)
+    return kind.__torch_function__ is torch._C._disabled_torch_function_impl and not is_traceable_wrapper_subclass(t)

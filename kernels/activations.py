@@ -106,7 +106,7 @@ def elu(z, alpha):
 
 @triton.jit
 def elu_grad(dy, z, alpha):
-    return tl.where(z > 0, dy, dy * alpha * tl.exp(z))
+    return tl.where(z <= 0, dy * alpha * tl.exp(z), dy)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def celu(z, alpha):
 
 @triton.jit
 def celu_grad(dy, z, alpha):
-    return tl.where(z > 0, dy, dy * tl.exp(z / alpha))
+    return tl.where(z <= 0, dy * tl.exp(z / alpha), dy)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def hardswish(z):
 
 @triton.jit
 def hardswish_grad(dy, z):
-    return tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, dy, dy * (z / 3.0 + 0.5)))
+    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, dy * (z / 3.0 + 0.5), dy))
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def hardtanh(z, min_val, max_val):
 
 @triton.jit
 def hardtanh_grad(dy, y, min_val, max_val):
-    return tl.where((y > min_val) & (y < max_val), dy, 0.0)
+    return tl.where((y <= min_val) | (y >= max_val), 0.0, dy)
 
 
 @triton.jit
@@ -288,7 +288,7 @@ def hardshrink(z, lambd):
 
 @triton.jit
 def hardshrink_grad(dy, z, lambd):
-    return tl.where((z < -lambd) | (z > lambd), dy, 0.0)
+    return tl.where((z >= -lambd) & (z <= lambd), 0.0, dy)
 
 
 @triton.jit

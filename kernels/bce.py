@@ -1,20 +1,30 @@
-"""Sigmoid and binary cross-entropy on logits.
+"""Losses of one element each, a number between 0 and 1 as its target: binary cross-entropy on logits, on probabilities.
 
-Forward reads logits and targets once, in one launch, its reduction included; backward reads them again and
-writes the gradient. In the form (1 - t) x - log σ(x), term by term as torch has it, infinities come out as torch's.
+Forward reads every operand once, in one launch, its reduction included; backward reads them again and writes the
+gradients that are wanted. All are read in place, whatever their strides: see `walks`.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .activations import logsigmoid
-from .tiles import blocks_of, is_last_program, narrow, ordered_sum, sigmoid
+from .tiles import blocks_of, is_last_program, like, log1p, narrow, ordered_sum, sigmoid
+from .walks import load, walks
 from .workspace import cdiv, tickets
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
+
+
+class Loss(NamedTuple):
+    """Device functions of an element x, its target t and its pos_weight p, which may be None."""
+
+    value: Any
+    input_grad: Any
+    target_grad: Any
 
 
 class Tile(NamedTuple):
@@ -22,31 +32,105 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile() -> Tile:
-    return Tile(2048, 4)
+def tile(itemsize: int) -> Tile:
+    """16 elements a thread; 4 in float64, whose logarithms take more registers."""
+    return Tile(512 if itemsize == 8 else 2048, 4)
+
+
+# Formulas, term by term as torch has them, so that infinities come out as torch's
+
+
+@triton.jit
+def _logits_loss(x, t, p):
+    """(1 - t) x - ((p - 1) t + 1) log σ(x)"""
+    log_sigmoid = logsigmoid(x)
+    if p is not None:
+        log_sigmoid *= (p - 1.0) * t + 1.0
+    return (1.0 - t) * x - log_sigmoid
+
+
+@triton.jit
+def _logits_grad(x, t, p):
+    if p is not None:
+        return (p * t + 1.0 - t) * sigmoid(x) - p * t
+    else:
+        return sigmoid(x) - t
+
+
+@triton.jit
+def _logits_target_grad(x, t, p):
+    if p is not None:
+        return logsigmoid(-x) - p * logsigmoid(x)
+    else:
+        return -x
+
+
+@triton.jit
+def _where_probable(x, t, value):
+    return tl.where((x >= 0) & (x <= 1) & (t >= 0) & (t <= 1), value, float("nan"))
+
+
+@triton.jit
+def _probability_loss(x, t, p):
+    """-t log x - (1 - t) log(1 - x), each logarithm at least -100."""
+    log_x = tl.maximum(tl.log(x), like(-100.0, x))
+    log_rest = tl.maximum(log1p(-x), like(-100.0, x))
+    return _where_probable(x, t, (t - 1.0) * log_rest - t * log_x)
+
+
+@triton.jit
+def _probability_grad(x, t, p):
+    return _where_probable(x, t, (x - t) / tl.maximum((1.0 - x) * x, like(1e-12, x)))
+
+
+@triton.jit
+def _probability_target_grad(x, t, p):
+    return _where_probable(x, t, log1p(-x) - tl.log(x))
+
+
+LOGITS = Loss(_logits_loss, _logits_grad, _logits_target_grad)
+PROBABILITIES = Loss(_probability_loss, _probability_grad, _probability_target_grad)
+
+
+# Kernels
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,  # (n,)
-    target_ptr,  # (n,)
+    x_ptr,  # (n,), as the next three
+    target_ptr,
+    weight_ptr,  # or None
+    pos_weight_ptr,  # or None
     loss_ptr,  # (n,) or, reduced, (1,)
     partial_ptr,  # (programs,) or None
     ticket_ptr,  # (1,)
     n,
-    MEAN: tl.constexpr,
+    divisor,
+    x_walk,
+    target_walk,
+    weight_walk,
+    pos_weight_walk,
+    LOSS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
+    n = n // ALIGNED * ALIGNED  # the same number, known to the compiler as a multiple
     programs = tl.num_programs(0)
     loss_sum = tl.zeros((BLOCK,), ACCUMULATOR)
     for block in range(tl.program_id(0), blocks_of(n, BLOCK), programs):
-        offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-        target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-        loss = (1.0 - target) * x - logsigmoid(x)
+        x = load(x_ptr, x_walk, offsets, mask, ACCUMULATOR)
+        target = load(target_ptr, target_walk, offsets, mask, ACCUMULATOR)
+        pos_weight = None
+        if pos_weight_ptr is not None:
+            pos_weight = load(pos_weight_ptr, pos_weight_walk, offsets, mask, ACCUMULATOR)
+        loss = LOSS(x, target, pos_weight)
+        if weight_ptr is not None:
+            loss *= load(weight_ptr, weight_walk, offsets, mask, ACCUMULATOR)
         if partial_ptr is None:
             tl.store(loss_ptr + offsets, narrow(loss, loss_ptr.dtype.element_ty), mask=mask)
         loss_sum += tl.where(mask, loss, 0.0)
@@ -56,71 +140,106 @@ def _forward_kernel(
         if is_last_program(ticket_ptr, programs):
             one = tl.arange(0, 1)
             total = tl.sum(ordered_sum(partial_ptr, programs, 1, one, one < 1, MAX_PROGRAMS, 1), 0)
-            if MEAN:
-                total = total / tl.cast(n, ACCUMULATOR)
+            total = total / tl.cast(divisor, ACCUMULATOR)
             tl.store(loss_ptr, narrow(total, loss_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr,  # (n,) or one number
-    x_ptr,  # (n,)
-    target_ptr,  # (n,)
-    dx_ptr,  # (n,)
+    dloss_ptr,  # (n,), as all others
+    x_ptr,
+    target_ptr,
+    weight_ptr,  # or None
+    pos_weight_ptr,  # or None
+    dx_ptr,  # or None
+    dtarget_ptr,  # or None
     n,
-    MEAN: tl.constexpr,
-    REDUCED: tl.constexpr,
+    divisor,
+    dloss_walk,
+    x_walk,
+    target_walk,
+    weight_walk,
+    pos_weight_walk,
+    INPUT_GRAD: tl.constexpr,
+    TARGET_GRAD: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = n // ALIGNED * ALIGNED
+    offsets = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
-    if REDUCED:
-        dloss = tl.load(dloss_ptr).to(ACCUMULATOR)
-    else:
-        dloss = tl.load(dloss_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-    if MEAN:
-        dloss = dloss / tl.cast(n, ACCUMULATOR)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-    target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-    dx = (sigmoid(x) - target) * dloss
-    tl.store(dx_ptr + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+    dloss = load(dloss_ptr, dloss_walk, offsets, mask, ACCUMULATOR) / tl.cast(divisor, ACCUMULATOR)
+    if weight_ptr is not None:
+        dloss *= load(weight_ptr, weight_walk, offsets, mask, ACCUMULATOR)
+    x = load(x_ptr, x_walk, offsets, mask, ACCUMULATOR)
+    target = load(target_ptr, target_walk, offsets, mask, ACCUMULATOR)
+    pos_weight = None
+    if pos_weight_ptr is not None:
+        pos_weight = load(pos_weight_ptr, pos_weight_walk, offsets, mask, ACCUMULATOR)
+    if dx_ptr is not None:
+        dx = INPUT_GRAD(x, target, pos_weight) * dloss
+        tl.store(dx_ptr + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+    if dtarget_ptr is not None:
+        dtarget = TARGET_GRAD(x, target, pos_weight) * dloss
+        tl.store(dtarget_ptr + offsets, narrow(dtarget, dtarget_ptr.dtype.element_ty), mask=mask)
 
 
-def _accumulator(x):
+# Launchers
+
+
+def accumulator(x):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def forward(x, target, reduction, config):
-    """x and target of one shape, contiguous -> loss of that shape, or () where reduced. One launch."""
+def forward(loss_of, x, target, weight, pos_weight, divisor, config):
+    """x and target of one shape; weight and pos_weight, or None, broadcast to it -> loss of that shape. One launch.
+
+    With a divisor, which is no None, the losses are summed, and the sum is divided by it: loss ().
+    """
     n = x.numel()
-    reduced = reduction != "none"
-    loss = x.new_empty(() if reduced else x.shape)
+    loss = x.new_empty(x.shape if divisor is None else ())
     if n == 0:
-        return loss.fill_(float("nan") if reduction == "mean" else 0.0)
+        return loss.fill_(0.0 if divisor else float("nan"))
     programs = min(PROGRAMS, cdiv(n, config.block))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    partial, order = None, None
+    if divisor is not None:
+        partial = x.new_empty(programs, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        order = _order_in_memory(x, target)
+    tensors, ways, index = walks(x.shape, x, target, weight, pos_weight, order=order)
     _forward_kernel[(programs,)](
-        x, target, loss, x.new_empty(programs, dtype=dtype) if reduced else None, tickets(x.device, 1),
-        n,
-        MEAN=reduction == "mean", ACCUMULATOR=_accumulator(x),
+        *tensors, loss, partial, tickets(x.device, 1),
+        n, divisor or 1,
+        *ways,
+        LOSS=loss_of.value, ACCUMULATOR=accumulator(x), INDEX=index, ALIGNED=math.gcd(n, 16),
         BLOCK=config.block, MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
     return loss
 
 
-def backward(dloss, x, target, reduction, config):
-    """dloss () or, contiguous, of x's shape; x and target as in forward -> dx of x's shape. One launch."""
+def _order_in_memory(x, target):
+    """Of the dimensions, in which a sum may be taken as well; None for the usual order."""
+    if x.is_contiguous() and target.is_contiguous():
+        return None
+    return sorted(range(x.dim()), key=lambda dim: x.stride(dim) + target.stride(dim), reverse=True)
+
+
+def backward(loss_of, dloss, x, target, weight, pos_weight, divisor, want_dx, want_dtarget, config):
+    """dloss broadcasts to x's shape; the rest as in forward -> dx and dtarget, or None where not wanted. One launch."""
     n = x.numel()
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if want_dx else None
+    dtarget = target.new_empty(x.shape) if want_dtarget else None
     if n == 0:
-        return dx
+        return dx, dtarget
+    tensors, ways, index = walks(x.shape, dloss, x, target, weight, pos_weight)
     _backward_kernel[(cdiv(n, config.block),)](
-        dloss, x, target, dx,
-        n,
-        MEAN=reduction == "mean", REDUCED=reduction != "none", ACCUMULATOR=_accumulator(x),
-        BLOCK=config.block,
+        *tensors, dx, dtarget,
+        n, divisor,
+        *ways,
+        INPUT_GRAD=loss_of.input_grad, TARGET_GRAD=loss_of.target_grad, ACCUMULATOR=accumulator(x), INDEX=index,
+        ALIGNED=math.gcd(n, 16), BLOCK=config.block,
         num_warps=config.num_warps,
     )  # fmt: skip
-    return dx
+    return dx, dtarget

@@ -32,7 +32,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, to the last digits where x is small (Kahan's quotient)."""
+    """log(1 + x) for -1 <= x <= 1, to the last digits where x is small (Kahan's quotient)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 

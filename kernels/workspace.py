@@ -39,6 +39,25 @@ def around(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.permute(2, 1, 0) if x.shape[2] == 1 else x
 
 
+def around_classes(x: torch.Tensor) -> torch.Tensor:
+    """Logits (C), (N, C) or (N, C, d1, ...) as (A, C, B)."""
+    return around(x, min(1, x.dim() - 1))
+
+
+def row_strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of (A, C, B): the strides along A, B and C; 0 along one row, which a kernel knows to be aligned."""
+    a, c, b = x.stride()
+    return 0 if x.shape[0] == 1 else a, 0 if x.shape[2] == 1 else b, c
+
+
+def by_row(t: torch.Tensor | None, A: int, B: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
+    """A number for each row as (A, B), or one number as it is, and the strides along A and B."""
+    if t is None or t.dim() == 0:
+        return t, (0, 0)
+    t = t.reshape(A, B)
+    return t, (0 if A == 1 else t.stride(0), t.stride(1))
+
+
 def collapse(*tensors: torch.Tensor) -> tuple[list[int], list[list[int]]]:
     """The fewest dimensions in which all of these tensors, of one shape, can be walked: sizes, and strides of each.
 

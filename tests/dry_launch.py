@@ -58,6 +58,20 @@ def linear(activation, M, K, N, dtype=torch.float32, bias=True, slope=None, **pa
     F.linear(*tensors, activation=activation, slope=slope, **parameters).backward(dy)
 
 
+def alone(function, shape, *options, dtype=torch.float32, slopes=None, memory_format=torch.preserve_format):
+    x = torch.zeros(shape, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    slope = [] if slopes is None else [torch.zeros(slopes, dtype=dtype, requires_grad=True)]
+    y = function(x, *slope, *options)
+    y.backward(torch.zeros_like(y))
+
+
+def every_function():
+    for name, activation in ACTIVATIONS.items():
+        x = torch.zeros(40, 8, requires_grad=True)
+        slope = torch.zeros(8, requires_grad=True) if activation.learned else None
+        F.activate(x, name, slope=slope).sum().backward()
+
+
 def loss(function, shape, target, dtype=torch.float32, **options):
     x = torch.zeros(shape, dtype=dtype).requires_grad_()
     value = function(x, target, **options)
@@ -78,9 +92,19 @@ def cross_entropy(N, C, dtype=torch.float32, **options):
     return functools.partial(loss, F.cross_entropy, (N, C), torch.zeros(N, dtype=torch.int64), dtype, **options)
 
 
-def bce(shape, dtype=torch.float32, **options):
-    target = torch.zeros(shape, dtype=dtype)
-    return functools.partial(loss, F.binary_cross_entropy_with_logits, shape, target, dtype, **options)
+def images(options, function=F.cross_entropy, probabilities=False):
+    """A class for each pixel, with class weights and those options."""
+    shape = (2, 21, 40, 50)
+    target = torch.zeros(shape) if probabilities else torch.zeros((2, 40, 50), dtype=torch.int64)
+    return functools.partial(loss, function, shape, target, weight=torch.ones(21), **options)
+
+
+def bce(shape, dtype=torch.float32, function=F.binary_cross_entropy_with_logits, **options):
+    """A weight or pos_weight is given by its shape."""
+    target = torch.zeros(shape, dtype=dtype, requires_grad=dtype == torch.float64)
+    for name in {"weight", "pos_weight"} & set(options):
+        options[name] = torch.zeros(options[name], dtype=dtype)
+    return functools.partial(loss, function, shape, target, dtype, **options)
 
 
 CASES = {
@@ -96,14 +120,54 @@ CASES = {
     "float16": functools.partial(linear, "silu", 33, 65, 17, torch.float16),
     "float64": functools.partial(linear, "mish", 33, 65, 17, torch.float64),
     "network and loss": network,
+    "alone, one number": functools.partial(alone, F.relu, ()),
+    "alone, one parameter": functools.partial(alone, F.leaky_relu, (8, 100), 0.2, dtype=torch.bfloat16),
+    "alone, two parameters, float64": functools.partial(alone, F.softplus, (5, 7), 2.0, 20.0, dtype=torch.float64),
+    "alone, one slope": functools.partial(alone, F.prelu, (100, 16), slopes=1),
+    "alone, one slope of all": functools.partial(alone, F.prelu, (1,), slopes=()),
+    "alone, a slope per column": functools.partial(alone, F.prelu, (100, 80), slopes=80, dtype=torch.float16),
+    "alone, a slope per channel": functools.partial(alone, F.prelu, (4, 3, 56, 56), slopes=3),
+    "alone, channels last": functools.partial(
+        alone, F.prelu, (4, 16, 7, 7), slopes=16, memory_format=torch.channels_last
+    ),
+    "every activation alone": every_function,
+    "softmax of one number": functools.partial(alone, F.softmax, (), 0),
+    "softmax of one class": functools.partial(alone, F.softmax, (5, 1), 1),
+    "softmax": functools.partial(alone, F.softmax, (64, 1000), -1, dtype=torch.bfloat16),
+    "softmax, 128,256 classes": functools.partial(alone, F.softmax, (2, 128_256), 1),
+    "softmax, from float64": functools.partial(
+        alone, functools.partial(F.softmax, dtype=torch.float16), (40, 30), 0, dtype=torch.float64
+    ),
+    "log_softmax of pixels": functools.partial(alone, F.log_softmax, (2, 21, 40, 50), 1),
+    "log_softmax, many classes of pixels": functools.partial(alone, F.log_softmax, (1, 1500, 40), 1),
+    "log_softmax, channels last": functools.partial(
+        alone, F.log_softmax, (2, 21, 4, 5), 1, memory_format=torch.channels_last
+    ),
+    "softmin, to float64": functools.partial(
+        alone, functools.partial(F.softmin, dtype=torch.float64), (64, 100), 1, dtype=torch.bfloat16
+    ),
     "10 classes": cross_entropy(100, 10),
     "one row of one class": cross_entropy(1, 1),
     "1,000 classes": cross_entropy(64, 1000, torch.bfloat16, reduction="none"),
     "128,256 classes": cross_entropy(2, 128_256, torch.bfloat16, reduction="sum", ignore_index=1),
     "float64 classes": cross_entropy(3, 20, torch.float64),
+    "float64 classes, smoothed": cross_entropy(3, 20, torch.float64, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
+    "wide classes, smoothed": cross_entropy(2, 40_000, label_smoothing=0.1, softcap=30.0),
+    "classes of pixels": images({"label_smoothing": 0.1, "reduction": "none"}),
+    "classes of pixels, sample weights": images({"sample_weight": torch.ones(2, 40, 50), "z_loss": 1e-4}),
+    "class probabilities": images({"label_smoothing": 0.1}, probabilities=True),
+    "classes, nll": images({}, F.nll_loss),
     "bce of one": bce((1,)),
     "bce": bce((64, 100), torch.bfloat16),
     "bce, no reduction": bce((64, 100), torch.float64, reduction="none"),
+    "bce, weights of classes": bce((64, 100), torch.bfloat16, weight=(100,), pos_weight=(1,)),
+    "bce, weights of rows": bce((64, 100), torch.float64, weight=(64, 1), pos_weight=()),
+    "bce, weights in the middle": bce((4, 3, 5), weight=(3, 1), pos_weight=(4, 1, 5), reduction="none"),
+    "bce, probabilities": bce((63, 100), function=F.binary_cross_entropy, weight=(63, 100)),
+    "bce, probabilities, float64": bce((100,), torch.float64, F.binary_cross_entropy, reduction="none"),
+    "bce, many labels": bce((64, 1000), torch.bfloat16, F.multilabel_soft_margin_loss),
+    "bce, many labels in rows": bce((64, 10), function=F.multilabel_soft_margin_loss, weight=(10,), reduction="none"),
+    "bce, one label": bce((1,), torch.float64, F.multilabel_soft_margin_loss, reduction="none"),
 }
 
 

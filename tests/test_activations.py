@@ -1,6 +1,11 @@
-"""Each activation's value and derivative, in the kernels' own functions, against float64 PyTorch."""
+"""Each activation's value and derivative, in the kernels' own functions, against float64 PyTorch; and its two faces,
+the function and the module, against torch's.
+"""
 
+import copy
+import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,7 +14,8 @@ import triton
 import triton.language as tl
 
 import fusedact
-from fusedact.activations import ACTIVATIONS, by_name, of_module
+from fusedact import nn
+from fusedact.activations import ACTIVATIONS, TABLE, by_name, of_module
 from fusedact.kernels import activations as device_functions
 from fusedact.kernels.workspace import as_arguments
 
@@ -171,3 +177,181 @@ def test_unknown_parameter_names_the_known():
     x, w = torch.randn(2, 3), torch.randn(4, 3)
     with pytest.raises(TypeError, match="'leaky_relu' takes negative_slope, got slop"):
         fusedact.functional.linear(x, w, activation="leaky_relu", slop=0.2)
+
+
+# ---- functional
+
+
+FUNCTIONS = [a.name for a in TABLE if hasattr(F, a.name)]
+MODULES = list(dict.fromkeys(a.module.__name__ for a in TABLE if a.module is not None))
+OURS = fusedact.functional
+
+
+def test_every_activation_has_its_function_and_its_module():
+    assert {a.name for a in TABLE} - set(FUNCTIONS) == {"step", "squared_relu", "gelu_tanh"}
+    for name in [*FUNCTIONS, "step", "squared_relu"]:
+        assert getattr(OURS, name).__module__ == "fusedact.functional.activations"
+    for name in [*MODULES, "Step"]:
+        assert getattr(nn, name).__module__ == "fusedact.nn.activation"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_tells_what_torchs_tells(name):
+    ours, stock = getattr(OURS, name), getattr(F, name)
+    assert ours.__name__ == name and ours.__doc__ == stock.__doc__
+    assert pickle.loads(pickle.dumps(ours)) is ours
+    try:
+        assert inspect.signature(ours) == inspect.signature(stock)
+    except ValueError:  # torch's tells none
+        assert next(iter(inspect.signature(ours).parameters)) == "input"
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x: f.relu(x),
+        lambda f, x: f.relu(input=x, inplace=False),
+        lambda f, x: f.relu(x.clone(), True),
+        lambda f, x: f.relu_(x.clone()),
+        lambda f, x: f.threshold(x, 0.5, value=-2),
+        lambda f, x: f.leaky_relu(x, 0.3),
+        lambda f, x: f.leaky_relu(x, torch.tensor(0.3)),
+        lambda f, x: f.hardtanh(x, -0.5, max_val=0.25, inplace=True),
+        lambda f, x: f.elu(x, alpha=2),
+        lambda f, x: f.gelu(x, approximate="tanh"),
+        lambda f, x: f.softplus(x, 2, threshold=1.5),
+        lambda f, x: f.prelu(x, x.new_full((3,), 0.25)),
+        lambda f, x: f.prelu(input=x, weight=x.new_full((), 0.25)),
+        lambda f, x: f.hardshrink(x, lambd=1),
+        lambda f, x: f.relu(x.long()),
+        lambda f, x: f.sigmoid(x.long()),
+        lambda f, x: f.relu(x.to_sparse()).to_dense(),
+        lambda f, x: f.silu(torch.complex(x, x).conj().imag),
+        lambda f, x: f.tanh(torch.complex(x, x)),
+        lambda f, x: f.relu(torch.nested.nested_tensor([x, x[:2]])).to_padded_tensor(0.0),
+    ],
+)
+def test_calls_that_torch_takes(call, backend, device):
+    x = torch.randn(4, 3, device=device)
+    with fusedact.use_backend(backend):
+        torch.testing.assert_close(call(OURS, x), call(F, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x: f.relu([1.0]),
+        lambda f, x: f.relu(x, slope=1),
+        lambda f, x: f.relu(x, False, False),
+        lambda f, x: f.relu(x, input=x),
+        lambda f, x: f.relu(x > 0),
+        lambda f, x: f.threshold(x, 0.5),
+        lambda f, x: f.gelu(x, "tanh"),
+        lambda f, x: f.gelu(x, approximate="x"),
+        lambda f, x: f.gelu(x.long()),
+        lambda f, x: f.leaky_relu(x, "steep"),
+        lambda f, x: f.hardtanh(x, 2.0, 1.0),
+        lambda f, x: f.softshrink(x, -1.0),
+        lambda f, x: f.celu(x, 0.0),
+        lambda f, x: f.prelu(x, 0.25),
+        lambda f, x: f.prelu(x, x.new_ones(2)),
+        lambda f, x: f.relu6(torch.complex(x, x)),
+        lambda f, x: f.elu(x.requires_grad_(), 1.0, True),
+    ],
+)
+def test_calls_that_torch_refuses(call, backend, device, launches):
+    with pytest.raises(Exception) as stock:
+        call(F, torch.randn(4, 3, device=device))
+    with fusedact.use_backend(backend), pytest.raises(stock.type) as ours:
+        call(OURS, torch.randn(4, 3, device=device))
+    assert str(ours.value) == str(stock.value)
+    assert launches.count == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_step(backend, device):
+    x = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 1e-45, 3.0, math.inf, math.nan], device=device, requires_grad=True)
+    with fusedact.use_backend(backend):
+        y = nn.Step()(x)
+        assert y.tolist()[:-1] == [0, 0, 1, 1, 1, 1, 1] and y[-1].isnan()
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0] * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "learns", "expected"),
+    [("relu", None, False), ("softsign", None, True), ("prelu", True, True), ("prelu", False, False)],
+)
+def test_by_itself_it_takes_a_kernel_where_stock_takes_several(name, learns, expected):
+    """`auto` on a GPU; a kernel asked for by name always runs."""
+    worth = OURS.activations._worth_a_launch
+    slope = None if learns is None else torch.ones(1, requires_grad=learns)
+    with fusedact.use_backend("auto"):
+        assert worth(ACTIVATIONS[name], slope) == expected
+    with fusedact.use_backend("triton"):
+        assert worth(ACTIVATIONS[name], slope)
+
+
+# ---- modules
+
+
+def pair(name):
+    ours, stock = getattr(nn, name), getattr(torch.nn, name)
+    args = (0.5, -1.0) if name == "Threshold" else ()
+    return ours(*args), stock(*args)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_torchs_in_all_but_its_kernel(name, device, triton_backend, launches):
+    ours, stock = (module.to(device) for module in pair(name))
+    assert type(ours) is not type(stock) and isinstance(ours, type(stock))
+    assert type(ours).__doc__ == type(stock).__doc__ and type(ours).__qualname__ == name
+    assert repr(ours) == repr(stock) and ours.state_dict().keys() == stock.state_dict().keys()
+    x = torch.randn(5, 4, device=device)
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        launches.reset()
+        torch.testing.assert_close(module(x), stock(x))
+        assert launches.count == 1
+        assert of_module(module)[0] is of_module(stock)[0]
+    with fusedact.use_backend("auto"):
+        assert torch.equal(ours(x), stock(x))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if "inplace" in inspect.signature(getattr(nn, name)).parameters]
+)
+def test_in_place_is_torchs_own(name, device, triton_backend, launches):
+    ours, stock = pair(name)
+    ours.inplace = stock.inplace = True
+    x = torch.randn(5, 4, device=device)
+    y = ours(x)
+    assert y is x and launches.count == 0 and repr(ours) == repr(stock)
+
+
+def test_a_subclass_of_ours_is_not_the_activation_and_keeps_its_forward(device, triton_backend, launches):
+    class Louder(nn.ReLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert of_module(Louder()) is None
+    assert Louder()(torch.ones(3, device=device)).tolist() == [2, 2, 2] and launches.count == 1
+    model = nn.Sequential(nn.Linear(3, 3), Louder()).to(device)
+    torch.testing.assert_close(model(torch.eye(3, device=device)), 2 * model[0](torch.eye(3, device=device)).relu())
+
+
+def test_in_a_sequential_ours_is_fused(device, triton_backend, launches):
+    for activation in (nn.ReLU(), nn.GELU("tanh"), nn.PReLU(3), nn.Step()):
+        model, x = nn.Sequential(nn.Linear(4, 3), activation).to(device), torch.randn(5, 4, device=device)
+        launches.reset()
+        ours = model(x)
+        assert launches.count == 1
+        with fusedact.use_backend("torch"):
+            torch.testing.assert_close(ours, model(x))
+
+
+def test_symbolic_tracing_records_torchs_function():
+    """torch.fx, whose stand-in is no tensor: nothing asks it where it is."""
+    for module in (nn.ReLU(), nn.Softsign(), nn.PReLU()):
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(torch.fx.symbolic_trace(torch.nn.Sequential(module))(x), module(x))

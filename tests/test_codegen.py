@@ -28,6 +28,7 @@ MATRIX = {
 }
 SHORTEST_ASYNCHRONOUS = 64  # rows of a tile; a shorter one takes the warp's own instruction
 ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4, "fp64": 8}
+GATHERS = ("nll_forward",)  # given a table of which it reads one number a row
 NARROW_LOADS = 8  # of a bias, a slope, targets and partial sums
 
 pytestmark = [pytest.mark.xdist_group("codegen"), pytest.mark.slow]
@@ -59,6 +60,8 @@ def instruction(report: dict) -> str | None:
 def wide(report: dict) -> bool:
     """Whether the layout allows 16-byte loads: rows of whole 16 bytes, and K innermost where tf32 asks for that."""
     k_outermost = report["launcher"] in ("linear_dx", "linear_dw") and report["precision"] == "tf32"
+    if report["launcher"] in GATHERS:
+        return False
     aligned = all(n * ITEMSIZE[report["precision"]] % 16 == 0 for n in report["shape"][1:] or report["shape"])
     return aligned and not (k_outermost and report["chip"] in ("sm_90", "sm_100"))
 
@@ -86,7 +89,7 @@ def violations(report: dict) -> Iterator[str]:
         yield "partial sums are not ordered by barrier, ticket, barrier"
     if report["launches"] != 1:
         yield f"{report['launches']} launches"
-    if report["bytes_given"] > 1.05 * report["bytes"] + 2**16:
+    if report["launcher"] not in GATHERS and report["bytes_given"] > 1.05 * report["bytes"] + 2**16:
         yield f"given {report['bytes_given']} bytes where the formula says {report['bytes']}"
 
 

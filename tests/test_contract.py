@@ -196,26 +196,93 @@ def linear_sample(name):
     return make
 
 
+def activation_sample(name):
+    def make(device):
+        x = torch.randn(4, 5, 6, device=device).transpose(0, 1).requires_grad_()
+        slope = torch.rand(4, device=device, requires_grad=True) if ACTIVATIONS[name].learned else None
+        return torch.ops.fusedact.activation.default, (x, slope, name, list(ACTIVATIONS[name].parameters({})), True)
+
+    return make
+
+
 def cross_entropy_sample(device):
     x = torch.randn(6, 4, device=device, requires_grad=True)
+    target = torch.randint(0, 4, (6,), device=device)
     return torch.ops.fusedact.cross_entropy.default, (
-        x,
-        torch.randint(0, 4, (6,), device=device),
-        -100,
-        "mean",
-        True,
-    )
+        x, target, None, None, -100, "mean", 0.0, 0.0, 0.0, False, True
+    )  # fmt: skip
 
 
-def bce_sample(device):
-    x = torch.randn(6, 4, device=device, requires_grad=True)
-    return torch.ops.fusedact.bce_with_logits.default, (x, torch.rand(6, 4, device=device), "mean", True)
+def probabilities_sample(device):
+    x = torch.randn(6, 4, 3, device=device).transpose(0, 2).requires_grad_()
+    target = torch.rand(3, 4, 6, device=device, requires_grad=True)
+    weight, sample_weight = torch.rand(4, device=device), torch.rand(3, 6, device=device)
+    return torch.ops.fusedact.cross_entropy.default, (
+        x, target, weight, sample_weight, -100, "none", 0.1, 0.01, 5.0, True, True
+    )  # fmt: skip
+
+
+def nll_sample(device):
+    logp = torch.randn(6, 4, 3, device=device, requires_grad=True)
+    target = torch.randint(0, 4, (6, 3), device=device)
+    return torch.ops.fusedact.nll_loss.default, (logp, target, torch.rand(4, device=device), -100, "mean", True)
+
+
+def binary_sample(name, reduction):
+    def make(device):
+        x = torch.rand(4, 6, device=device).t().requires_grad_()
+        target = torch.rand(6, 4, device=device, requires_grad=reduction == "none")
+        pos_weight = torch.rand(6, 1, device=device) if name == "bce_with_logits" else None
+        op = getattr(torch.ops.fusedact, name).default
+        return op, (x, target, torch.rand(4, device=device), pos_weight, reduction, True)
+
+    return make
+
+
+def softmax_sample(kind, dim, dtype):
+    def make(device):
+        x = torch.randn(4, 5, 6, device=device).transpose(0, 2).requires_grad_()
+        return torch.ops.fusedact.softmax.default, (x, kind, dim, dtype, True)
+
+    return make
 
 
 @pytest.mark.parametrize(
     "sample",
-    [*map(linear_sample, ("relu", "gelu", "prelu", "leaky_relu")), cross_entropy_sample, bce_sample],
-    ids=["relu", "gelu", "prelu", "leaky_relu", "cross_entropy", "bce"],
+    [
+        *map(linear_sample, ("relu", "gelu", "prelu", "leaky_relu")),
+        *map(activation_sample, ("relu", "gelu", "prelu", "leaky_relu")),
+        cross_entropy_sample,
+        probabilities_sample,
+        nll_sample,
+        *map(
+            binary_sample,
+            ("bce_with_logits", "binary_cross_entropy", "multilabel_soft_margin"),
+            ("mean", "none", "none"),
+        ),
+        softmax_sample("softmax", 2, torch.float32),
+        softmax_sample("log_softmax", 1, torch.float64),
+        softmax_sample("softmin", 0, torch.bfloat16),
+    ],
+    ids=[
+        "relu",
+        "gelu",
+        "prelu",
+        "leaky_relu",
+        "relu alone",
+        "gelu alone",
+        "prelu alone",
+        "leaky_relu alone",
+        "cross_entropy",
+        "probabilities",
+        "nll_loss",
+        "bce_with_logits",
+        "binary_cross_entropy",
+        "multilabel_soft_margin",
+        "softmax",
+        "log_softmax",
+        "softmin",
+    ],
 )
 def test_opcheck(sample, device, triton_backend):
     torch.library.opcheck(*sample(device))

@@ -50,7 +50,7 @@ def test_shapes(shape, dtype, reduction, device, as_accurate_as_torch):
 @pytest.mark.parametrize(("C", "dtype"), [(40_000, torch.float32), (16_500, torch.float64)], ids=str)
 def test_wider_than_the_registers(C, dtype, device, as_accurate_as_torch):
     """More classes than WIDEST: statistics are kept per lane."""
-    assert cross_entropy.tile(C, dtype.itemsize, 32).chunks > 1
+    assert cross_entropy.tile(C, 1, dtype.itemsize, 1, 32).chunks > 1
     check(*inputs(3, C, dtype, device), as_accurate_as_torch)
 
 
@@ -134,29 +134,27 @@ def test_out_of_range_label(label, device):
     if device == "cpu":
         with pytest.raises(IndexError, match=f"Target {label} is out of bounds."):
             F.cross_entropy(logits, target)
-    config = cross_entropy.tile(3, 4, 32)
-    losses, stats, _ = cross_entropy.forward(logits, target, -100, "none", config, save=True)
-    dx = cross_entropy.backward(torch.ones(4, device=device), logits, target, stats, None, -100, config)
+    config = cross_entropy.tile(3, 1, 4, 1, 32)
+    losses, _, stats, _ = cross_entropy.forward(
+        logits, target, None, None, -100, "none", 0.0, 0.0, 0.0, False, config, save=True
+    )
+    ones = torch.ones(4, device=device)
+    dx, _ = cross_entropy.backward(
+        ones, None, logits, target, None, None, stats, None, -100, 0.0, 0.0, 0.0, want_dx=True, want_dtarget=False
+    )
     assert losses.isnan().tolist() == [False, False, True, False]
     assert dx.isnan().all(1).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"weight": torch.tensor([1.0, 2.0, 3.0])},
-        {"label_smoothing": 0.1},
-        {"size_average": False},
-        {"reduce": False},
-    ],
-    ids=str,
-)
-@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
-def test_options_not_fused_yet_are_torchs(options, device):
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}], ids=str)
+@pytest.mark.parametrize("function", [F.cross_entropy, F.nll_loss])
+def test_deprecated_arguments_warn_and_mean_what_they_meant(options, function, device, launches):
     logits, target = inputs(9, 3, torch.float32, device)
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    ours = F.cross_entropy(logits, target, **options)
-    assert torch.equal(ours, torch.nn.functional.cross_entropy(logits, target, **options))
+    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+        ours = function(logits, target, **options)
+    assert launches.count == 1
+    reduction = "none" if "reduce" in options else "sum"
+    assert torch.equal(ours, function(logits, target, reduction=reduction))
 
 
 def test_one_launch_forward_and_one_backward(device, launches):

@@ -11,13 +11,32 @@ import torch
 import fusedact
 import fusedact.functional
 import fusedact.nn
+from fusedact.activations import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = {"nn": (fusedact.nn, torch.nn), "functional": (fusedact.functional, torch.nn.functional)}
 OURS = {
-    "nn": {"BCEWithLogitsLoss", "CrossEntropyLoss", "Linear", "Sequential", "functional"},
-    "functional": {"binary_cross_entropy_with_logits", "cross_entropy", "linear"},
+    "nn": {
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        "MultiLabelSoftMarginLoss",
+        "CrossEntropyLoss",
+        "Linear",
+        "Sequential",
+        "functional",
+    },
+    "functional": {
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "multilabel_soft_margin_loss",
+        "cross_entropy",
+        "linear",
+    },
 }
+OURS["nn"] |= {"LogSoftmax", "Softmax", "Softmax2d", "Softmin"}
+OURS["functional"] |= {"log_softmax", "softmax", "softmin"}
+OURS["nn"] |= {a.module.__name__ for a in TABLE if a.module is not None}
+OURS["functional"] |= {a.name for a in TABLE if hasattr(torch.nn.functional, a.name)}
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:

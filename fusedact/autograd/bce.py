@@ -1,4 +1,11 @@
-"""Sigmoid + binary cross-entropy on logits. Saves logits and targets by reference."""
+"""The losses of yes or no: BCE on logits and on probabilities, multi-label soft margin.
+
+Each saves what it was given, by reference. `name` is the op's, by which all three share what stands here.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -6,48 +13,110 @@ from torch import Tensor
 from fusedact import backend
 from fusedact.autograd.doors import Op
 
-
-def _launch(logits: Tensor, target: Tensor, reduction: str, save: bool) -> tuple[Tensor, Tensor]:
-    from fusedact.kernels import bce
-
-    with backend.on_device(logits):
-        loss = bce.forward(logits.contiguous(), target.contiguous(), reduction, bce.tile())
-    return loss, logits.new_empty(0)
+_MULTILABEL = "multilabel_soft_margin"
 
 
-def _fake(logits, target, reduction, save):
-    return logits.new_empty(logits.shape if reduction == "none" else ()), logits.new_empty(0)
+def _launch(
+    name: str, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    from fusedact.kernels import bce, multilabel
+
+    with backend.on_device(x):
+        if name == _MULTILABEL and reduction == "none":
+            loss = multilabel.forward_rows(x, target, weight, multilabel.tile(x.shape[-1], x.element_size()))
+        else:
+            divisor = None if reduction == "none" else _divisor(name, x, reduction)
+            loss = bce.forward(_formula(name), x, target, weight, pos_weight, divisor, bce.tile(x.element_size()))
+    return loss, x.new_empty(0)
+
+
+def _fake(name, x, target, weight, pos_weight, reduction, save):
+    every = x.shape[:-1] if name == _MULTILABEL else x.shape
+    return x.new_empty(every if reduction == "none" else ()), x.new_empty(0)
 
 
 def _backward(
-    dloss: Tensor, logits: Tensor, target: Tensor, reduction: str, wanted: list[bool]
-) -> tuple[Tensor, Tensor]:
+    name: str,
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     from fusedact.kernels import bce
 
-    with backend.on_device(logits):
-        dx = bce.backward(dloss.contiguous(), logits.contiguous(), target.contiguous(), reduction, bce.tile())
-    return dx, logits.new_empty(0)
+    if name == _MULTILABEL and reduction == "none":
+        dloss = dloss.unsqueeze(-1)
+    with backend.on_device(x):
+        gradients = bce.backward(
+            _formula(name),
+            dloss,
+            x,
+            target,
+            weight,
+            pos_weight,
+            _divisor(name, x, reduction),
+            wanted[0],
+            wanted[1],
+            bce.tile(x.element_size()),
+        )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in (*gradients, None, None))
 
 
-def _backward_fake(dloss, logits, *_):
-    return logits.new_empty(logits.shape), logits.new_empty(0)
+def _backward_fake(dloss, x, target, weight, pos_weight, reduction, wanted):
+    return tuple(x.new_empty(x.shape if want else 0) for want in (*wanted[:2], False, False))
 
 
-def _composite(logits, target, reduction):
-    return F.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
+@cache
+def _formula(name: str) -> Any:
+    from fusedact.kernels import bce, multilabel
+
+    return {
+        "bce_with_logits": bce.LOGITS,
+        "binary_cross_entropy": bce.PROBABILITIES,
+        _MULTILABEL: multilabel.SOFT_MARGIN,
+    }[name]
 
 
-_TENSORS = "Tensor logits, Tensor target"
+def _divisor(name: str, x: Tensor, reduction: str) -> int:
+    """What the sum of the elements' losses is divided by, and each of their gradients."""
+    if reduction == "mean":
+        return x.numel()
+    return x.shape[-1] if name == _MULTILABEL else 1
 
-bce_with_logits = Op(
-    name="bce_with_logits",
-    tensors=2,
-    schema=f"({_TENSORS}, str reduction, bool save) -> (Tensor, Tensor)",
-    launch=_launch,
-    fake=_fake,
-    extras=lambda output, options: (),
-    backward_schema=f"(Tensor dloss, {_TENSORS}, str reduction, bool[] wanted) -> (Tensor, Tensor)",
-    backward=_backward,
-    backward_fake=_backward_fake,
-    composite=_composite,
-).register()
+
+_TENSORS = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight"
+
+
+def _op(name: str, composite: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return Op(
+        name=name,
+        tensors=4,
+        schema=f"({_TENSORS}, str reduction, bool save) -> (Tensor, Tensor)",
+        launch=partial(_launch, name),
+        fake=partial(_fake, name),
+        extras=lambda output, options: (),
+        backward_schema=f"(Tensor dloss, {_TENSORS}, str reduction, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+        backward=partial(_backward, name),
+        backward_fake=_backward_fake,
+        composite=composite,
+    ).register()
+
+
+def _bce_with_logits(x, target, weight, pos_weight, reduction):
+    return F.binary_cross_entropy_with_logits(x, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def _binary_cross_entropy(x, target, weight, pos_weight, reduction):
+    return F.binary_cross_entropy(x, target, weight, reduction=reduction)
+
+
+def _multilabel(x, target, weight, pos_weight, reduction):
+    return F.multilabel_soft_margin_loss(x, target, weight, reduction=reduction)
+
+
+bce_with_logits = _op("bce_with_logits", _bce_with_logits)
+binary_cross_entropy = _op("binary_cross_entropy", _binary_cross_entropy)
+multilabel_soft_margin = _op(_MULTILABEL, _multilabel)

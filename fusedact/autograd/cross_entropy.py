@@ -1,4 +1,4 @@
-"""log-softmax + NLL of a class index, on logits. Saves the logits by reference and two numbers a row."""
+"""log-softmax + NLL on logits. Saves the logits and the target by reference and two or three numbers a row."""
 
 import torch
 import torch.nn.functional as F
@@ -8,78 +8,164 @@ from fusedact import backend
 from fusedact.autograd.doors import Op
 
 
-def _config(logits: Tensor):
-    from fusedact.kernels import cross_entropy
-
-    return cross_entropy.tile(logits.shape[1], logits.element_size(), backend.chip(logits.device)[1])
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _launch(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    return_lse: bool,
+    save: bool,
+) -> tuple[Tensor | None, ...]:
     from fusedact.kernels import cross_entropy
 
+    options = label_smoothing, z_loss, softcap, return_lse
+    two_streams = target.is_floating_point() or (weight is not None and label_smoothing != 0)
+    config = cross_entropy.tile(
+        logits.shape[min(1, logits.dim() - 1)],
+        cross_entropy.rows_after(logits),
+        logits.element_size(),
+        2 ** (two_streams + (softcap != 0)),
+        backend.chip(logits.device)[1],
+    )
     with backend.on_device(logits):
-        loss, stats, count = cross_entropy.forward(logits, target, ignore_index, reduction, _config(logits), save)
-    absent = [logits.new_empty(0) if t is None else t for t in (stats, count)]
-    return loss, *absent
+        return cross_entropy.forward(
+            logits, target, weight, sample_weight, ignore_index, reduction, *options, config, save
+        )
 
 
-def _fake(logits, target, ignore_index, reduction, save):
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _fake(
+    logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, save
+):
+    rows = logits.select(min(1, logits.dim() - 1), 0)
+    wide = _wide(logits.dtype)
     reduced = reduction != "none"
-    loss = logits.new_empty(() if reduced else logits.shape[:1])
-    stats = logits.new_empty((2, logits.shape[0]), dtype=wide) if save else logits.new_empty(0)
-    count = logits.new_empty(1, dtype=wide) if reduced else logits.new_empty(0)
-    return loss, stats, count
+    numbers = 3 if target.is_floating_point() or weight is not None else 2
+    return (
+        logits.new_empty(() if reduced else rows.shape),
+        logits.new_empty(rows.shape, dtype=wide) if return_lse else None,
+        logits.new_empty((numbers, rows.numel()), dtype=wide) if save else None,
+        logits.new_empty(1, dtype=wide) if reduced else None,
+    )
 
 
 def _backward(
-    dloss: Tensor,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
     logits: Tensor,
     target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
     stats: Tensor,
-    count: Tensor,
+    total: Tensor,
     ignore_index: int,
     reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    return_lse: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     from fusedact.kernels import cross_entropy
 
     with backend.on_device(logits):
-        dx = cross_entropy.backward(
+        dx, dtarget = cross_entropy.backward(
             dloss,
+            dlse,
             logits,
             target,
+            weight,
+            sample_weight,
             stats.contiguous(),
-            count if reduction == "mean" else None,
+            total if reduction == "mean" else None,
             ignore_index,
-            _config(logits),
+            label_smoothing,
+            z_loss,
+            softcap,
+            *wanted[:2],
         )
-    return dx, logits.new_empty(0)
+    return dx, dtarget, None, None
 
 
-def _backward_fake(dloss, logits, *_):
-    return logits.new_empty(logits.shape), logits.new_empty(0)
+def _backward_fake(dloss, dlse, logits, *others):
+    wanted = others[-1]
+    return *(logits.new_empty(logits.shape) if want else None for want in wanted[:2]), None, None
 
 
-def _composite(logits, target, ignore_index, reduction):
-    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+def cross_entropy_formula(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss in torch's own operations; with return_lse, and the log-sum-exp of each row."""
+    if sample_weight is None and not (z_loss or softcap or return_lse):
+        return F.cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    dim = min(1, logits.dim() - 1)
+    x = logits.to(_wide(logits.dtype))
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    probabilities = target.is_floating_point()
+    if probabilities:
+        ignored = torch.zeros_like(x.select(dim, 0), dtype=torch.bool)
+        target = target.to(x.dtype)
+    else:
+        ignored = target == ignore_index
+    weight = weight if weight is None else weight.to(x.dtype)
+    loss = F.cross_entropy(
+        x, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    divisor = (~ignored).to(x.dtype)
+    if weight is not None and not probabilities:
+        divisor = divisor * weight[target.masked_fill(ignored, 0)]
+    if z_loss:
+        loss = loss + z_loss * x.masked_fill(ignored.unsqueeze(dim), 0).logsumexp(dim).square() * ~ignored
+    if sample_weight is not None:
+        loss, divisor = loss * sample_weight, divisor * sample_weight
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / divisor.sum()
+    loss = loss.to(logits.dtype)
+    return (loss, x.logsumexp(dim)) if return_lse else loss
 
 
-_TENSORS = "Tensor logits, Tensor target"
-_OPTIONS = "int ignore_index, str reduction"
+_TENSORS = "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight"
+_OPTIONS = "int ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, bool return_lse"
 
 cross_entropy = Op(
     name="cross_entropy",
-    tensors=2,
-    schema=f"({_TENSORS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
+    tensors=4,
+    schema=f"({_TENSORS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     launch=_launch,
     fake=_fake,
-    extras=lambda output, options: output[1:],
-    backward_schema=f"(Tensor dloss, {_TENSORS}, Tensor stats, Tensor count, {_OPTIONS}, bool[] wanted)"
-    " -> (Tensor, Tensor)",
+    extras=lambda output, options: output[2:],
+    backward_schema=f"(Tensor? dloss, Tensor? dlse, {_TENSORS}, Tensor stats, Tensor total, {_OPTIONS}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     backward=_backward,
     backward_fake=_backward_fake,
-    composite=_composite,
+    composite=cross_entropy_formula,
+    results=lambda options: 2 if options[5] else 1,
+    most_results=2,
 ).register()

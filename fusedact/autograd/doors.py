@@ -21,20 +21,22 @@ class Op:
     launch(*args, save) gives the results first, then what else it computed; `results` says how many the caller gets
     under those options, and `extras` picks what the backward needs. backward(*dys, *tensors, *extras, *options,
     wanted) takes a gradient for as many as may ever be results, None where there is none, and gives one for each
-    tensor, an empty tensor where it is not wanted. `composite(*args)` is the same in torch's own operations.
+    tensor, None where it is not wanted. `composite(*args)` is the same in torch's own operations.
+
+    A registered op gives an empty tensor in the place of each None.
     """
 
     name: str
     tensors: int
     schema: str
-    launch: Callable[..., tuple[Tensor, ...]]
-    fake: Callable[..., tuple[Tensor, ...]]
-    extras: Callable[[tuple[Tensor, ...], tuple], tuple[Tensor, ...]]
+    launch: Callable[..., Any]
+    fake: Callable[..., Any]
+    extras: Callable[[Any, tuple], tuple[Tensor | None, ...]]
     backward_schema: str
-    backward: Callable[..., tuple[Tensor, ...]]
-    backward_fake: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., Any]
+    backward_fake: Callable[..., Any]
     composite: Callable[..., Any]
-    results: Callable[[tuple], int] = lambda options: 1
+    results: Callable[[tuple], int] | None = None
     most_results: int = 1
 
     def register(self) -> Callable[..., Any]:
@@ -46,21 +48,26 @@ class Op:
             lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
             setup_context=lambda ctx, inputs, output: self._save(ctx, inputs[:-1], output),
         )
-        function = self._function()
+        apply = self._function().apply
+        count = self.tensors
 
         def through_a_door(*args: Any) -> Any:
-            tensors = [t for t in args[: self.tensors] if t is not None]
-            save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            plain, wanted = True, False
+            for t in args[:count]:
+                if t is not None:
+                    plain = plain and type(t) in backend.PLAIN
+                    wanted = wanted or t.requires_grad
             if backend.transforming():
                 return self.composite(*args)
-            if torch.compiler.is_compiling() or backend.dispatching(tensors):
-                return self._presented(forward_op(*args, save), args[self.tensors :])
-            return function.apply(*args) if save else self._presented(self.launch(*args, False), args[self.tensors :])
+            save = wanted and torch.is_grad_enabled()
+            if not plain or torch.compiler.is_compiling() or backend.dispatching():
+                return self._presented(forward_op(*args, save), args[count:])
+            return apply(*args) if save else self._presented(self.launch(*args, False), args[count:])
 
         return through_a_door
 
-    def _presented(self, output: tuple[Tensor, ...], options: tuple) -> Any:
-        count = self.results(options)
+    def _presented(self, output: Any, options: tuple) -> Any:
+        count = 1 if self.results is None else self.results(options)
         return output[0] if count == 1 else output[:count]
 
     def _function(self) -> type[torch.autograd.Function]:
@@ -82,32 +89,43 @@ class Op:
         ctx.save_for_backward(*args[: self.tensors], *self.extras(output, ctx.options))
 
     def _gradients(
-        self, ctx: Any, dys: tuple[Tensor | None, ...], backward: Callable[..., tuple[Tensor, ...]]
+        self, ctx: Any, dys: tuple[Tensor | None, ...], backward: Callable[..., Any]
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks each only once
         inputs, extras = saved[: self.tensors], saved[self.tensors :]
         wanted = list(ctx.needs_input_grad[: self.tensors])
-        dys = dys[: self.results(ctx.options)]
-        given = [dy for dy in dys if dy is not None]
-        if not given:
-            return (None,) * (self.tensors + len(ctx.options))
-        if torch.is_grad_enabled() or backend.transforming() or any(map(backend.is_batched, given)):
+        dys = dys[: 1 if self.results is None else self.results(ctx.options)]
+        others = (None,) * len(ctx.options)
+        if all(dy is None for dy in dys):
+            return (None,) * self.tensors + others
+        if torch.is_grad_enabled() or backend.transforming() or any(map(backend.is_batched, dys)):
             # The gradient must itself be differentiable (create_graph), or is many at once: torch's own formula.
             grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dys)
-        else:
-            absent = [None] * (self.most_results - len(dys))
-            grads = backward(*dys, *absent, *inputs, *extras, *ctx.options, wanted)
-        kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return *kept, *(None for _ in ctx.options)
+            return grads + others
+        absent = (None,) * (self.most_results - len(dys))
+        grads = backward(*dys, *absent, *inputs, *extras, *ctx.options, wanted)
+        # A registered op gives an empty tensor for what is not wanted.
+        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True)) + others
 
 
 def _define(name: str, schema: str, launch: Callable, fake: Callable) -> Callable:
     qualified = f"fusedact::{name}"
     torch.library.define(qualified, schema)
     for device in ("cpu", "cuda"):  # a CPU tensor is for the interpreter
-        torch.library.impl(qualified, device, launch)
-    torch.library.register_fake(qualified, fake)
+        torch.library.impl(qualified, device, _without_none(launch))
+    torch.library.register_fake(qualified, _without_none(fake))
     return getattr(torch.ops.fusedact, name).default
+
+
+def _without_none(run: Callable[..., Any]) -> Callable[..., Any]:
+    def complete(*args: Any) -> Any:
+        output = run(*args)
+        if isinstance(output, Tensor):
+            return output
+        like = next(arg for arg in args if isinstance(arg, Tensor))
+        return tuple(like.new_empty(0) if t is None else t for t in output)
+
+    return complete
 
 
 def _differentiate(

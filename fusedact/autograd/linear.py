@@ -1,11 +1,41 @@
 """act(x Wᵀ + b). Saves x, W and b by reference, and one of y (which the next layer holds anyway) and z."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import backend
-from fusedact.activations import ACTIVATIONS
+from fusedact.activations import Activation, by_name
+from fusedact.autograd.activation import gradient_function, value_function
 from fusedact.autograd.doors import Op
+
+
+class _Plan(NamedTuple):
+    """What a call needs and its shapes do not tell."""
+
+    value: Any
+    gradient: Any
+    from_output: bool
+    shared_memory: int
+
+
+def _plan(activation: str, parameters: Sequence[float], x: Tensor) -> _Plan:
+    return _plan_of(by_name(activation), tuple(parameters), x.dtype, x.device)
+
+
+@lru_cache(4096)
+def _plan_of(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> _Plan:
+    from_output = entry.from_output(dtype, *parameters)
+    return _Plan(
+        value_function(entry.name, device),
+        gradient_function(entry.name, device, from_output),
+        from_output,
+        backend.chip(device)[0],
+    )
 
 
 def _launch(
@@ -14,38 +44,34 @@ def _launch(
     bias: Tensor | None,
     slope: Tensor | None,
     activation: str,
-    parameters: list[float],
+    parameters: Sequence[float],
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    from fusedact.kernels import activations, linear
+) -> tuple[Tensor, Tensor | None]:
+    from fusedact.kernels import linear
 
-    M, K = linear.as_rows(x).shape
-    config = linear.tile(M, len(weight), K, x.element_size(), backend.chip(x.device)[0])
+    plan = _plan(activation, parameters, x)
+    N, K = weight.shape
+    M = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
+    config = linear.tile(M, N, K, x.element_size(), plan.shared_memory)
+    precision = backend.dot_precision(x.dtype)
+    save_z = save and not plan.from_output
     with backend.on_device(x):
-        y, z = linear.forward(
-            x,
-            weight,
-            bias,
-            getattr(activations, activation),
-            tuple(parameters),
-            slope,
-            backend.dot_precision(x.dtype),
-            config,
-            save and not ACTIVATIONS[activation].from_output(x.dtype, *parameters),
-        )
-    return y, y.new_empty(0) if z is None else z
+        return linear.forward(x, weight, bias, plan.value, tuple(parameters), slope, precision, config, save_z)
+
+
+def _saves_z(activation: str, parameters: Sequence[float], dtype: torch.dtype) -> bool:
+    return not by_name(activation).from_output(dtype, *parameters)
 
 
 def _fake(x, weight, bias, slope, activation, parameters, save):
-    shape = (*x.shape[:-1], weight.shape[0])
-    save_z = save and not ACTIVATIONS[activation].from_output(x.dtype, *parameters)
-    return x.new_empty(shape), x.new_empty(shape if save_z else 0)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty(y.shape) if save and _saves_z(activation, parameters, x.dtype) else None
 
 
 def _extras(output: tuple[Tensor, ...], options: tuple) -> tuple[Tensor, ...]:
     activation, parameters = options
     y, z = output
-    return (y if ACTIVATIONS[activation].from_output(y.dtype, *parameters) else z,)
+    return (z if _saves_z(activation, parameters, y.dtype) else y,)
 
 
 def _backward(
@@ -56,48 +82,48 @@ def _backward(
     slope: Tensor | None,
     saved: Tensor,
     activation: str,
-    parameters: list[float],
+    parameters: Sequence[float],
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    from fusedact.kernels import activations, bias_activation, linear
+) -> tuple[Tensor | None, ...]:
+    from fusedact.kernels import bias_activation, linear
 
-    act_grad = getattr(activations, f"{activation}_grad")
-    if ACTIVATIONS[activation].from_output(x.dtype, *parameters):
-        act_grad = getattr(activations, f"{activation}_grad_from_output", act_grad)
-    rows = linear.as_rows(x)
-    M, N = len(rows), len(weight)
+    plan = _plan(activation, parameters, x)
     precision = backend.dot_precision(x.dtype)
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        (rows, depth), cols = a.shape, b.shape[1]
-        config = linear.tile(rows, cols, depth, x.element_size(), backend.chip(x.device)[0])
-        return linear.product(a, b, precision, config)
-
+    itemsize = x.element_size()
+    N, K = weight.shape
+    rows = x if x.dim() == 2 else linear.as_rows(x)
+    M = rows.shape[0]
+    if dy.dim() != 2:
+        dy, saved = dy.reshape(M, N), saved.reshape(M, N)
     want_x, want_weight, want_bias, want_slope = wanted
     with backend.on_device(x):
         dz, db, dslope = bias_activation.backward(
-            dy.reshape(M, N),
-            saved.reshape(M, N).contiguous(),  # a hook may have brought it back in another layout
-            act_grad,
+            dy,
+            saved.contiguous(),  # a hook may have brought it back in another layout
+            plan.gradient,
             tuple(parameters),
             slope,
             want_bias,
             want_slope,
-            bias_activation.tile(M, N, saved.element_size()),
+            bias_activation.tile(M, N, itemsize),
         )
-        dx = product(dz, weight).view(x.shape) if want_x else None
-        dw = product(dz.t(), rows) if want_weight else None
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dw, db, dslope))
+        dx = dw = None
+        if want_x:
+            dx = linear.product(dz, weight, precision, linear.tile(M, K, N, itemsize, plan.shared_memory))
+            dx = dx if x.dim() == 2 else dx.view(x.shape)
+        if want_weight:
+            dw = linear.product(dz.t(), rows, precision, linear.tile(N, K, M, itemsize, plan.shared_memory))
+    return dx, dw, db, dslope
 
 
 def _backward_fake(dy, x, weight, bias, slope, saved, activation, parameters, wanted):
     likes = (x, weight, bias, slope)
-    return tuple(x.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True))
+    return tuple(x.new_empty(like.shape) if want else None for like, want in zip(likes, wanted, strict=True))
 
 
 def _composite(x, weight, bias, slope, activation, parameters):
     z = F.linear(x, weight, bias)
-    return ACTIVATIONS[activation].reference(z, *(parameters if slope is None else (slope,)))
+    return by_name(activation).reference(z, *(parameters if slope is None else (slope,)))
 
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? slope"

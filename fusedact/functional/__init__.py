@@ -6,12 +6,44 @@ answer, or raise torch's own error, before anything is launched.
 
 import torch.nn.functional
 
+from fusedact.functional.activations import activate as activate
+from fusedact.functional.activations import celu as celu
+from fusedact.functional.activations import elu as elu
+from fusedact.functional.activations import gelu as gelu
+from fusedact.functional.activations import hardshrink as hardshrink
+from fusedact.functional.activations import hardsigmoid as hardsigmoid
+from fusedact.functional.activations import hardswish as hardswish
+from fusedact.functional.activations import hardtanh as hardtanh
+from fusedact.functional.activations import leaky_relu as leaky_relu
+from fusedact.functional.activations import logsigmoid as logsigmoid
+from fusedact.functional.activations import mish as mish
+from fusedact.functional.activations import prelu as prelu
+from fusedact.functional.activations import relu as relu
+from fusedact.functional.activations import relu6 as relu6
+from fusedact.functional.activations import selu as selu
+from fusedact.functional.activations import sigmoid as sigmoid
+from fusedact.functional.activations import silu as silu
+from fusedact.functional.activations import softplus as softplus
+from fusedact.functional.activations import softshrink as softshrink
+from fusedact.functional.activations import softsign as softsign
+from fusedact.functional.activations import squared_relu as squared_relu
+from fusedact.functional.activations import step as step
+from fusedact.functional.activations import tanh as tanh
+from fusedact.functional.activations import tanhshrink as tanhshrink
+from fusedact.functional.activations import threshold as threshold
+from fusedact.functional.binary_losses import binary_cross_entropy as binary_cross_entropy
 from fusedact.functional.binary_losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from fusedact.functional.losses import cross_entropy as cross_entropy
+from fusedact.functional.losses import nll_loss as nll_loss
 from fusedact.functional.products import linear as linear
+from fusedact.functional.softmaxes import log_softmax as log_softmax
+from fusedact.functional.softmaxes import softmax as softmax
+from fusedact.functional.softmaxes import softmin as softmin
 
 _TORCH = [name for name in dir(torch.nn.functional) if not name.startswith("__")]
-__all__ = sorted(name for name in _TORCH if not name.startswith("_"))
+_BEYOND = {function.__name__ for function in (activate, squared_relu, step)}  # torch has none of that name
+__all__ = sorted({*_BEYOND, *(name for name in _TORCH if not name.startswith("_"))})
 
 
 def __getattr__(name: str):

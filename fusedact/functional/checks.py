@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction as _Reduction
 
 from fusedact import backend
 
@@ -12,13 +13,37 @@ def on_triton(input: Tensor, *others: Tensor | None) -> bool:
     """All are plain strided tensors of one device on which Triton runs, and jit.trace is not recording."""
     if not isinstance(input, Tensor) or not backend.uses_triton(input) or torch.jit.is_tracing():
         return False
-    return all(
-        isinstance(t, Tensor) and t.device == input.device and t.layout == torch.strided and not backend.overrides(t)
-        for t in (input, *others)
-        if t is not None
-    )
+    device, eager = input.device, not torch.compiler.is_compiling()
+    for t in (input, *others):
+        if t is None:
+            continue
+        if type(t) not in backend.PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
+            return False
+        # The memory of a conjugate's imaginary part holds the opposite; a registered op is given it resolved.
+        if t.device != device or t.layout is not torch.strided or (eager and t.is_neg()):
+            return False
+    return True
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every floating tensor but float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def class_dim(input: Tensor) -> int:
+    """Where a loss finds the classes: (C) or (N, C, ...)."""
+    return min(1, input.dim() - 1)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that the deprecated arguments mean, with torch's warning."""
+    return _Reduction.legacy_get_string(size_average, reduce)
+
+
+def checked_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction; what the deprecated arguments mean, with torch's warning, where they are given."""
+    if size_average is not None or reduce is not None:
+        return legacy_reduction(size_average, reduce)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    return reduction

@@ -1,13 +1,29 @@
 """The losses of a class among many."""
 
+from typing import Any, Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
-from fusedact.functional.checks import REDUCTIONS, cast, on_triton
+from fusedact.functional.checks import cast, checked_reduction, class_dim, on_triton
 
 
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, *,
+    z_loss: float = 0.0, softcap: float | None = None, sample_weight: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, *,
+    z_loss: float = 0.0, softcap: float | None = None, sample_weight: Tensor | None = None,
+    return_lse: bool,
+) -> Any: ...  # fmt: skip
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -17,42 +33,116 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
-    """-log softmax(input)[target], in one launch where Triton runs.
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    sample_weight: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """-log softmax(input) at a class, or against probabilities, in one launch where Triton runs.
 
-    input (N, C) logits, target (N,) int64 class indices -> () for 'mean' (over the rows whose target is not
-    `ignore_index`) and 'sum', (N,) for 'none'. Fused for these shapes without weight and label_smoothing; torch's
-    own operations take the rest. A class index outside [0, C) is an IndexError on a CPU; on a GPU nothing is read
-    out of bounds and that row's loss and gradient are NaN.
+    input (C), (N, C) or (N, C, d1, ...) logits; target without C, int64 class indices, or as input, probabilities of
+    its dtype -> () for 'mean' and 'sum', as input without C for 'none'. weight (C,). Read in place, whatever the
+    strides; never written. A class index outside [0, C) is an IndexError on a CPU; on a GPU nothing is read out of
+    bounds and that row's loss and gradient are NaN (FUSEDACT_CHECKS=1: the IndexError, for a synchronisation).
 
-    Raises torch.nn.functional.cross_entropy's errors. Source: torch.nn.functional.cross_entropy.
+    Beyond torch: `softcap` c puts c tanh(input / c) in the logits' place; `z_loss` z adds z lse² to the loss of each
+    row that counts, where lse is the row's log-sum-exp; `sample_weight`, as input without C, multiplies each row's
+    loss, and a mean is the weighted one: it divides by the sum of the rows' weights; `return_lse` gives (loss, lse),
+    both differentiable, lse as input without C in float32 (float64 of float64).
+
+    Raises torch.nn.functional.cross_entropy's errors, and ValueError for a negative z_loss, a softcap that is not
+    positive, and a sample_weight of another shape. Source: torch.nn.functional.cross_entropy.
     """
-    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
-    plain = plain and type(ignore_index) is int and -(2**63) <= ignore_index < 2**63
-    if plain and on_triton(input, target) and _cross_entropy_fits(input, target, reduction):
-        if input.device.type == "cpu":
-            _check_classes(target, ignore_index, input.shape[1])
-        elif backend.autocast_dtype(input) is not None:
-            input = cast(input, torch.float32)
-        return autograd.cross_entropy(input, target, ignore_index, reduction)
-    return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    extended = return_lse or softcap is not None or sample_weight is not None or z_loss != 0.0
+    if extended:
+        _check_extensions(input, z_loss, softcap, sample_weight)
+    fused = on_triton(input, target, weight, sample_weight)
+    if fused and backend.autocast_dtype(input) is not None:
+        input, target = cast(input, torch.float32), cast(target, torch.float32)
+        weight = weight if weight is None else cast(weight, torch.float32)
+    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and 0.0 <= label_smoothing <= 1.0
+    fused = fused and not _wants_gradient(weight, sample_weight)
+    if not (fused or extended):
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    reduction = checked_reduction(size_average, reduce, reduction)
+    if fused and not target.is_floating_point() and backend.looks_at_values(target):
+        _check_classes(target, ignore_index, input.shape[class_dim(input)])
+    op = autograd.cross_entropy if fused else autograd.cross_entropy_formula
+    options = float(label_smoothing), float(z_loss), float(softcap or 0.0), return_lse
+    return op(input, target, weight, sample_weight, ignore_index, reduction, *options)
 
 
-def _cross_entropy_fits(logits: Tensor, target: Tensor, reduction: str) -> bool:
-    return (
-        logits.dim() == 2
-        and target.shape == logits.shape[:1]
-        and logits.shape[1] > 0
-        and target.dtype == torch.int64
-        and logits.dtype in backend.KERNEL_DTYPES
-        and reduction in REDUCTIONS
-    )
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-input at a class, in one launch where Triton runs.
+
+    input (C), (N, C) or (N, C, d1, ...) log-probabilities, target without C, int64, weight (C,) -> () for 'mean' and
+    'sum', as target for 'none'. A class index outside [0, C) is an IndexError on a CPU; on a GPU that row's loss and
+    gradient are NaN (FUSEDACT_CHECKS=1: the IndexError, for a synchronisation).
+
+    Raises torch.nn.functional.nll_loss's errors. Source: torch.nn.functional.nll_loss.
+    """
+    fused = on_triton(input, target, weight)
+    if fused and backend.autocast_dtype(input) is not None:
+        input = cast(input, torch.float32)
+        weight = weight if weight is None else cast(weight, torch.float32)
+    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and not _wants_gradient(weight)
+    if not fused or target.is_floating_point():
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    reduction = checked_reduction(size_average, reduce, reduction)
+    if backend.looks_at_values(target):
+        _check_classes(target, ignore_index, input.shape[class_dim(input)])
+    return autograd.nll_loss(input, target, weight, ignore_index, reduction)
+
+
+def _check_extensions(input: Tensor, z_loss: float, softcap: float | None, sample_weight: Tensor | None) -> None:
+    if z_loss < 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if sample_weight is not None:
+        rows = _rows_shape(input)
+        if sample_weight.shape != rows:
+            raise ValueError(
+                f"sample_weight must have one number for each row of input {tuple(input.shape)}, that is "
+                f"{rows}, got {tuple(sample_weight.shape)}"
+            )
+
+
+def _rows_shape(input: Tensor) -> tuple[int, ...]:
+    """input's shape without its classes."""
+    dim = class_dim(input)
+    return tuple(input.shape[:dim] + input.shape[dim + 1 :])
+
+
+def _class_loss_fits(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+    """Whether a kernel takes these; torch answers for all others, or refuses them."""
+    if input.dim() == 0 or input.dtype not in backend.KERNEL_DTYPES:
+        return False
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return False
+    classes = input.shape[class_dim(input)]
+    if classes == 0 or (weight is not None and (weight.shape != (classes,) or weight.dtype != input.dtype)):
+        return False
+    if target.is_floating_point():
+        return target.shape == input.shape and target.dtype == input.dtype and ignore_index < 0
+    return target.dtype == torch.int64 and target.shape == _rows_shape(input)
+
+
+def _wants_gradient(*weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
 
 
 def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
     """torch's own IndexError; on a CPU looking at the labels costs no synchronisation."""
-    if torch.compiler.is_compiling() or backend.transforming() or backend.dispatching((target,)):
-        return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise IndexError(f"Target {wrong[0].item()} is out of bounds.")

@@ -66,13 +66,14 @@ def _linear_act(
 
 
 def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    dtype = x.dtype
+    if dtype not in backend.KERNEL_DTYPES or weight.dtype != dtype or x.dim() == 0 or weight.dim() != 2:
         return False
-    if x.dtype not in backend.KERNEL_DTYPES:
+    if x.size(-1) != weight.size(1):
         return False
-    per_channel = x.dim() == 2 and slope is not None and slope.shape == weight.shape[:1]  # torch's channel is dim 1
-    return (
-        all(t is None or t.dtype == x.dtype for t in (weight, bias, slope))
-        and (bias is None or bias.shape == weight.shape[:1])
-        and (slope is None or (slope.numel() == 1 and slope.dim() <= 1) or per_channel)
-    )
+    if bias is not None and (bias.dtype != dtype or bias.dim() != 1 or bias.size(0) != weight.size(0)):
+        return False
+    if slope is None:
+        return True
+    per_channel = x.dim() == 2 and slope.shape == weight.shape[:1]  # torch's channel is dim 1
+    return slope.dtype == dtype and (per_channel or (slope.numel() == 1 and slope.dim() <= 1))

@@ -19,7 +19,7 @@ class Sequential(torch.nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         if not (isinstance(input, torch.Tensor) and backend.uses_triton(input)):
-            for module in self:  # stock's own loop, without the call of it
+            for module in self._modules.values():  # stock's own loop, without the call of it
                 input = module(input)
             return input
         modules = list(self)

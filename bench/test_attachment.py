@@ -1,0 +1,132 @@
+"""pytest bench/test_attachment.py --benchmark-only: what it costs an op to attach to PyTorch, its launches excluded.
+
+Triton is asked for by name, and the launchers are replaced by functions that hand out tensors made before: the checks
+of functional, the doors, the Function and autograd are left. Stock beside it computes as well, on a CPU. Nothing is
+asserted; the aims are 1.15 times stock in inference and 1.3 times forward with backward. `again` is stock once more.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+
+import fusedact
+from bench.turns import table, timed
+from fusedact import backend, functional
+from fusedact.kernels import bce, bias_activation, cross_entropy, linear
+
+TURNS = 400
+AHEAD = 64  # results handed out before the first comes again
+PHASES = ("inference", "forward", "both")
+
+x, weight, bias, dz = torch.rand(64, 3), torch.rand(1, 3), torch.rand(1), torch.rand(64, 1)
+logits, classes, stats, count = torch.randn(64, 10), torch.randint(10, (64,)), torch.rand(2, 64), torch.rand(1)
+yes, likely, loss = torch.randn(64, 1), torch.rand(64, 1), torch.rand(())
+
+
+def ahead(*results: Tensor | None) -> Iterator[Any]:
+    """These results again and again, each time tensors that autograd has long forgotten."""
+    copies = [tuple(t if t is None else t.clone() for t in results) for _ in range(AHEAD)]
+    return itertools.cycle(copies if len(results) > 1 else [copy[0] for copy in copies])
+
+
+def made(*results: Tensor | None) -> Callable[..., Any]:
+    """A launcher that hands these out."""
+    prepared = ahead(*results)
+    return lambda *args, **kwargs: next(prepared)
+
+
+_dx, _dw = ahead(x), ahead(weight)
+
+
+def _product(a: Tensor, b: Tensor, *config: object) -> Tensor:
+    return next(_dx if len(a) == len(x) else _dw)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Stock's call and ours on the same tensors, and the launchers of ours."""
+
+    name: str
+    stock: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    args: tuple[Tensor, ...]
+    wanted: int  # of them, from the first on, want a gradient
+    launchers: tuple[tuple[object, str, Callable], ...]
+
+
+CASES = (
+    Case(
+        "linear + relu, 64 x 3 by 3 x 1",
+        lambda *args: torch.relu(stock.linear(*args)),
+        lambda *args: functional.linear(*args, activation="relu"),
+        (x, weight, bias),
+        3,
+        (
+            (linear, "forward", made(dz, None)),
+            (bias_activation, "backward", made(dz, bias, None)),
+            (linear, "product", _product),
+        ),
+    ),
+    Case(
+        "cross_entropy, 64 x 10",
+        stock.cross_entropy,
+        functional.cross_entropy,
+        (logits, classes),
+        1,
+        (
+            (cross_entropy, "forward", made(loss, None, stats, count)),
+            (cross_entropy, "backward", made(logits, None)),
+        ),
+    ),
+    Case(
+        "bce with logits, 64 x 1",
+        stock.binary_cross_entropy_with_logits,
+        functional.binary_cross_entropy_with_logits,
+        (yes, likely),
+        1,
+        ((bce, "forward", made(loss)), (bce, "backward", made(yes, None))),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def rows(request):
+    """What was timed, and its table at the end."""
+    threads, found = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    yield found
+    torch.set_num_threads(threads)
+    title = f"Attachment without launches, µs of a CPU thread, {TURNS} turns; aims: 1.15 in inference, 1.3 for both"
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        table(title, found, ("op", "phase"))
+
+
+def call(function: Callable[..., Tensor], case: Case, phase: str) -> Callable[[], object]:
+    wanted = [t.clone().requires_grad_(phase != "inference") for t in case.args[: case.wanted]]
+    args = *wanted, *case.args[case.wanted :]
+    if phase != "both":
+        return lambda: function(*args)
+    dy = torch.ones_like(function(*args))
+    return lambda: torch.autograd.grad(function(*args), wanted, dy)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_attachment(case, phase, rows, benchmark, monkeypatch):
+    for module, name, launcher in case.launchers:
+        monkeypatch.setattr(module, name, launcher)
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    monkeypatch.setattr(backend, "looks_at_values", lambda t: False)  # as on a GPU
+    with torch.set_grad_enabled(phase != "inference"), fusedact.use_backend("triton"):
+        functions = {"stock": case.stock, "fusedact": case.ours, "again": case.stock}
+        calls = {name: call(function, case, phase) for name, function in functions.items()}
+        timings = timed(calls, TURNS)
+        benchmark.pedantic(calls["fusedact"], rounds=20, iterations=10)
+    rows[case.name, phase] = timings
+    benchmark.extra_info |= {name: asdict(timing) for name, timing in timings.items()}

@@ -1,0 +1,144 @@
+"""act(x), alone. Saves x by reference, or y where stock saves that; and whose device functions an activation runs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedact import backend
+from fusedact.activations import Registered, by_name, difference, sample
+from fusedact.autograd.doors import Op
+
+
+def value_function(activation: str, device: torch.device) -> Any:
+    """f(z, *parameters) on loaded tiles: found by its name in the kernels, or the user's own, checked once a device."""
+    from fusedact.kernels import activations
+
+    entry = by_name(activation)
+    return _own_pair(entry, device)[0] if isinstance(entry, Registered) else getattr(activations, activation)
+
+
+def gradient_function(activation: str, device: torch.device, from_output: bool) -> Any:
+    """f_grad(dy, saved, *parameters), where saved is y or z."""
+    from fusedact.kernels import activations
+
+    entry = by_name(activation)
+    if isinstance(entry, Registered):
+        return _own_pair(entry, device)[1]
+    gradient = getattr(activations, f"{activation}_grad")
+    return getattr(activations, f"{activation}_grad_from_output", gradient) if from_output else gradient
+
+
+def _own_pair(entry: Registered, device: torch.device) -> tuple[Any, Any]:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _pair(entry)  # the check would synchronise
+    return _checked_pair(entry, device)
+
+
+@functools.cache
+def _pair(entry: Registered) -> tuple[Any, Any]:
+    pair = entry.device if isinstance(entry.device, tuple) else entry.device()
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"device of activation {entry.name!r} must return a pair of functions, got {pair!r}")
+    return pair
+
+
+@functools.cache
+def _checked_pair(entry: Registered, device: torch.device) -> tuple[Any, Any]:
+    """The user's pair, once it gives what the reference and the derivative give. RuntimeError where it does not."""
+    from fusedact.kernels import elementwise
+
+    value, gradient = _pair(entry)
+    parameters = entry.parameters({})
+    x, dy = sample(torch.float32, device)
+    config = elementwise.tile(x.element_size())
+    with torch.no_grad(), backend.on_device(x):
+        y = elementwise.forward(x, value, parameters, None, config)
+        dx, _ = elementwise.backward(dy, x, gradient, parameters, None, True, False, config)
+        truths = entry.reference(x, *parameters), entry.derivative(dy, x, *parameters)
+    for what, ours, truth in zip(("value", "gradient"), (y, dx), truths, strict=True):
+        found = difference(x, ours, truth, 1e-4)
+        if found:
+            raise RuntimeError(f"{what} of activation {entry.name!r} on {device} is {found}, as in torch's operations")
+    return value, gradient
+
+
+class _Elementwise(Op):
+    """An op that saves its input or its result, whichever stock saves, so that the other may be changed or freed."""
+
+    def _save(self, ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
+        x, slope, activation, _ = args
+        ctx.options = args[self.tensors :]
+        ctx.save_for_backward(x if by_name(activation).derivative_from_output is None else output[0], slope)
+
+    def _gradients(
+        self, ctx: Any, dys: tuple[Tensor | None, ...], backward: Callable[..., Any]
+    ) -> tuple[Tensor | None, ...]:
+        derivative, dy = by_name(ctx.options[0]).derivative_from_output, dys[0]
+        if (
+            derivative is None
+            or dy is None
+            or not (torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy))
+        ):
+            return super()._gradients(ctx, dys, backward)
+        return derivative(dy, ctx.saved_tensors[0]), None, *(None for _ in ctx.options)
+
+
+def _launch(
+    x: Tensor, slope: Tensor | None, activation: str, parameters: list[float], save: bool
+) -> tuple[Tensor, None]:
+    from fusedact.kernels import elementwise
+
+    with backend.on_device(x):
+        value = value_function(activation, x.device)
+        y = elementwise.forward(x, value, tuple(parameters), slope, elementwise.tile(x.element_size()))
+    return y, None
+
+
+def _fake(x, slope, activation, parameters, save):
+    return torch.empty_like(x), None
+
+
+def _backward(
+    dy: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    activation: str,
+    parameters: list[float],
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    from fusedact.kernels import elementwise
+
+    from_output = by_name(activation).derivative_from_output is not None
+    want_x, want_slope = wanted
+    with backend.on_device(saved):
+        gradient = gradient_function(activation, saved.device, from_output)
+        config = elementwise.tile(saved.element_size())
+        return elementwise.backward(dy, saved, gradient, tuple(parameters), slope, want_x, want_slope, config)
+
+
+def _backward_fake(dy, saved, slope, activation, parameters, wanted):
+    want_x, want_slope = wanted
+    return torch.empty_like(saved) if want_x else None, slope.new_empty(slope.shape) if want_slope else None
+
+
+def _composite(x, slope, activation, parameters):
+    return by_name(activation).reference(x, *(parameters if slope is None else (slope,)))
+
+
+_OPTIONS = "str activation, float[] parameters"
+
+activation = _Elementwise(
+    name="activation",
+    tensors=2,
+    schema=f"(Tensor x, Tensor? slope, {_OPTIONS}, bool save) -> (Tensor, Tensor)",
+    launch=_launch,
+    fake=_fake,
+    extras=lambda output, options: (),
+    backward_schema=f"(Tensor dy, Tensor saved, Tensor? slope, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor)",
+    backward=_backward,
+    backward_fake=_backward_fake,
+    composite=_composite,
+).register()

@@ -1,0 +1,114 @@
+"""Multi-label soft margin: -t log σ(x) - (1 - t) log σ(-x), a mean over the last dimension.
+
+Reduced over the batch as well, it is a sum over all elements and shares BCE's kernels, as does its backward. Without
+a reduction, rows are summed here, in one launch; C is the number of classes.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import bce
+from .tiles import log1p, narrow
+from .walks import load, walks
+from .workspace import cdiv, power_of_2
+
+
+class Tile(NamedTuple):
+    rows: int
+    lanes: int
+    num_warps: int
+
+
+@lru_cache(4096)
+def tile(C: int, itemsize: int) -> Tile:
+    block = bce.tile(itemsize).block
+    lanes = min(block, power_of_2(max(C, 16)))
+    return Tile(block // lanes, lanes, 4)
+
+
+@triton.jit
+def _log_sigmoids(x):
+    """log σ(x) and log σ(-x)."""
+    rest = log1p(tl.exp(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - rest, tl.minimum(-x, 0.0) - rest
+
+
+@triton.jit
+def _loss(x, t, p):
+    positive, negative = _log_sigmoids(x)
+    return -(t * positive + (1.0 - t) * negative)
+
+
+@triton.jit
+def _grad(x, t, p):
+    """(1 - t) σ(x) - t σ(-x), both of which are small without a cancellation."""
+    e = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return (1.0 - t) * tl.where(x < 0, smaller, larger) - t * tl.where(x < 0, larger, smaller)
+
+
+@triton.jit
+def _target_grad(x, t, p):
+    positive, negative = _log_sigmoids(x)
+    return negative - positive
+
+
+SOFT_MARGIN = bce.Loss(_loss, _grad, _target_grad)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (N, C), as the next two
+    target_ptr,
+    weight_ptr,  # or None
+    loss_ptr,  # (N,)
+    N,
+    C,
+    x_walk,
+    target_walk,
+    weight_walk,
+    ACCUMULATOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    C = C // ALIGNED * ALIGNED  # the same number, known to the compiler as a multiple
+    rows = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
+    mask_rows = rows < N
+    loss_sum = tl.zeros((ROWS, LANES), ACCUMULATOR)
+    for first in range(0, C, LANES):
+        cols = first + tl.arange(0, LANES)
+        mask = mask_rows[:, None] & (cols < C)[None, :]
+        offsets = rows[:, None] * C + cols[None, :]
+        x = load(x_ptr, x_walk, offsets, mask, ACCUMULATOR)
+        target = load(target_ptr, target_walk, offsets, mask, ACCUMULATOR)
+        loss = _loss(x, target, None)
+        if weight_ptr is not None:
+            loss *= load(weight_ptr, weight_walk, offsets, mask, ACCUMULATOR)
+        loss_sum += tl.where(mask, loss, 0.0)
+    loss = tl.sum(loss_sum, 1) / tl.cast(C, ACCUMULATOR)
+    tl.store(loss_ptr + rows, narrow(loss, loss_ptr.dtype.element_ty), mask=mask_rows)
+
+
+def forward_rows(x, target, weight, config):
+    """x and target (*, C); weight, or None, broadcasts to that -> loss (*). C > 0. One launch."""
+    loss = x.new_empty(x.shape[:-1])
+    N, C = loss.numel(), x.shape[-1]
+    if N == 0:
+        return loss
+    tensors, ways, index = walks(x.shape, x, target, weight)
+    _forward_kernel[(cdiv(N, config.rows),)](
+        *tensors, loss,
+        N, C,
+        *ways,
+        ACCUMULATOR=bce.accumulator(x), INDEX=index, ALIGNED=math.gcd(C, 16),
+        ROWS=config.rows, LANES=config.lanes,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return loss
