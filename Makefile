@@ -5,16 +5,19 @@ VENV := .venv
 OLDEST := .venv-oldest
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py bias_activation.py elementwise.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py codegen.py launch.py)
 
-.PHONY: demo test test-oldest lint bench
+.PHONY: demo test test-exhaustive test-oldest lint bench
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive'
+
+test-exhaustive: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m exhaustive
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup $(KERNEL_PROOFS)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' $(KERNEL_PROOFS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

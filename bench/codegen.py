@@ -272,7 +272,7 @@ def write(reports: list[Report], file: Path) -> None:
 
 
 Targets = Annotated[list[str] | None, typer.Option("--target", help=f"{', '.join(CHIPS)}; repeatable")]
-Kernels = Annotated[list[str] | None, typer.Option("--kernel", help="how a case's name starts; repeatable")]
+Kernels = Annotated[list[str] | None, typer.Option("--kernel", help="a case's name or how it starts; repeatable")]
 Every = Annotated[bool, typer.Option("--all", help="every activation as well")]
 Output = Annotated[Path | None, typer.Option("--json", help="write the report there too")]
 
@@ -281,8 +281,10 @@ def main(targets: Targets = None, kernels: Kernels = None, every: Every = False,
     """Compile every kernel for every target and report its machine code."""
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET replaces the compiler: unset it to read machine code")
-    starts = tuple(kernels or [""])
-    cases = [case for case in CASES + EVERY_ACTIVATION * every if str(case).startswith(starts)]
+    cases = CASES + EVERY_ACTIVATION * every
+    named = {str(case) for case in cases} & set(kernels or [])
+    starts = tuple(set(kernels or [""]) - named)
+    cases = tuple(case for case in cases if str(case) in named or str(case).startswith(starts))
     jobs = list(product(cases, targets or CHIPS))
     reports = list(track(examine_all(jobs), "compiling", len(jobs), console=Console(stderr=True)))
     console = Console()

@@ -51,9 +51,11 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """-t / (2 + t) at t = expm1(-2|x|), which cancels nowhere."""
-    t = expm1(-2.0 * tl.abs(x))
-    magnitude = -t / (2.0 + t)
+    """-t / (2 + t) at t = expm1(-2|x|), which cancels nowhere; further out 1 - 2u / (1 + u) at u = exp(-2|x|)."""
+    magnitude = tl.abs(x)
+    t = expm1(-2.0 * magnitude)
+    u = tl.exp(-2.0 * magnitude)
+    magnitude = tl.where(magnitude < 0.6, -t / (2.0 + t), 1.0 - 2.0 * u / (1.0 + u))
     return tl.where(x < 0, -magnitude, magnitude)
 
 

@@ -89,6 +89,7 @@ def test_module_on_the_fallback(name, kind, dtype, fallback):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.xdist_group("samples, kernels")
 @pytest.mark.parametrize(("kind", "dtype"), OF_A_FUNCTION)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -97,6 +98,7 @@ def test_function_through_the_kernels(name, kind, dtype, kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.xdist_group("samples, kernels of modules")
 @pytest.mark.parametrize(("kind", "dtype"), OF_A_MODULE)
 @pytest.mark.parametrize("name", MODULES)

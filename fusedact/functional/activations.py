@@ -62,7 +62,7 @@ def _worth_a_launch(act: Activation, slope: Tensor | None) -> bool:
 
 
 def _fits(input: Tensor, slope: Tensor | None) -> bool:
-    if input.dtype not in backend.KERNEL_DTYPES or input.is_nested:
+    if input.dtype not in backend.KERNEL_DTYPES:
         return False
     if slope is None:
         return True

@@ -19,8 +19,10 @@ def on_triton(input: Tensor, *others: Tensor | None) -> bool:
             continue
         if type(t) not in backend.PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
             return False
+        if t.device != device or t.layout is not torch.strided or t.is_nested:
+            return False
         # The memory of a conjugate's imaginary part holds the opposite; a registered op is given it resolved.
-        if t.device != device or t.layout is not torch.strided or (eager and t.is_neg()):
+        if eager and t.is_neg():
             return False
     return True
 
