@@ -1,6 +1,5 @@
 """A case: what became of the samples of one op or module under one kind of check; and which samples go to torch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +39,9 @@ class Case:
                 self.failures.append(f"{told}: {problem}"[:1500])
         return not problem
 
-    def count(self, reason: str | None, ours: Outcome, expected: int) -> str | None:
-        """Through the kernels: no launch where a rule leaves the sample to torch, else as many as stated."""
+    def count(self, ours: Outcome, expected: int) -> str | None:
+        """Through the kernels: no launch where the sample is left to torch, else as many as stated."""
+        reason = LEFT_TO_TORCH.get(self.name)
         if fusedact.get_backend() != "triton" or ours.error is not None:
             return None
         expected = 0 if reason else expected
@@ -54,16 +54,8 @@ class Case:
         return None
 
 
-RULES: tuple[tuple[str, Callable[[str, tuple, dict], bool]], ...] = (
-    ("linear without an activation is torch's", lambda name, args, options: name == "linear"),
-    ("its weight has one dimension", lambda name, args, options: name.startswith("linear ") and args[1].dim() == 1),
-    ("it is in place", lambda name, args, options: options.get("inplace", False)),
-)
-
-
-def left_to_torch(name: str, args: tuple, options: dict) -> str | None:
-    """Why a call of that function is none of the kernels'."""
-    return next((reason for reason, holds in RULES if holds(name, args, options)), None)
+# By name, what is none of the kernels' and why. All other samples are fused.
+LEFT_TO_TORCH = dict.fromkeys(("linear", "nn.Linear"), "linear without an activation is torch's")
 
 
 def launches_of(y: Any, grads: tuple = (), linear: bool = False) -> int:

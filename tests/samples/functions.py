@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as stock_functional
-from samples.cases import DEVICE, Case, launches_of, left_to_torch
+from samples.cases import DEVICE, Case, launches_of
 from samples.outcomes import Outcome, difference, outcome, same
 from torch.testing._internal.common_methods_invocations import SampleInput, op_db
 from torch.utils._pytree import tree_leaves
@@ -38,9 +38,6 @@ class Function:
     def formula(self) -> Callable:
         """What the truth is taken from, in float64."""
         return FORMULAS.get(self.name, self.stock)
-
-    def left_to_torch(self, sample: SampleInput) -> str | None:
-        return left_to_torch(self.name, (sample.input, *sample.args), sample.kwargs)
 
     def launches_of(self, y: Any, grads: tuple = ()) -> int:
         return launches_of(y, grads, linear=self.name.startswith("linear "))
@@ -147,7 +144,7 @@ def values(function: Function, dtype: torch.dtype) -> Case:
         problem = _compared(function, ours, stock, sample)
         if not all(map(same, _tensors_of(sample), before)):
             problem = "an argument was written to"
-        problem = problem or case.count(function.left_to_torch(sample), ours, function.launches_of(ours.result))
+        problem = problem or case.count(ours, function.launches_of(ours.result))
         case.judge(sample, problem)
         case.other_strides += _strides(ours.result) != _strides(stock.result)
     return case
@@ -165,7 +162,7 @@ def gradients(function: Function, dtype: torch.dtype) -> Case:
         stock, ours = (outcome(_pull_back, f, dy, _apart(sample)) for f in (function.stock, function.ours))
         problem = _compared(function, ours, stock, sample, dy)
         if not problem and stock.error is None:
-            problem = case.count(function.left_to_torch(sample), ours, function.launches_of(*ours.result))
+            problem = case.count(ours, function.launches_of(*ours.result))
         case.judge(sample, problem)
         case.other_strides += _strides(ours.result) != _strides(stock.result)
     return case

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from samples.cases import DEVICE, Case, launches_of, left_to_torch
+from samples.cases import DEVICE, Case, launches_of
 from samples.outcomes import Outcome, difference, outcome
 from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
@@ -47,10 +47,6 @@ class Module:
         ours.load_state_dict(stock.state_dict())
         return stock, ours
 
-    def left_to_torch(self, module: nn.Module) -> str | None:
-        name = "linear" if self.name == "nn.Linear" else self.name
-        return left_to_torch(name, (), vars(module))
-
 
 def discover() -> tuple[list[Module], list[str]]:
     """The modules of torch.nn that are ours, and the names that merely fall through."""
@@ -75,7 +71,7 @@ def values(module: Module, dtype: torch.dtype) -> Case:
         results = [outcome(_pull_back, m, given.forward_input) for m in (ours, stock)]
         problem = _compared(*results, stock, given.forward_input)
         if not problem and results[1].error is None:
-            problem = case.count(module.left_to_torch(ours), results[0], launches_of(*results[0].result))
+            problem = case.count(results[0], launches_of(*results[0].result))
         case.judge(told, problem)
     return case
 

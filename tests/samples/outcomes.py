@@ -56,12 +56,17 @@ def outcome(function: Callable, *args: Any, **kwargs: Any) -> Outcome:
             made.error = error
     made.launches = Launches.count - before
     made.warned = [
-        (w.category.__name__, str(w.message), os.path.basename(w.filename))
+        (w.category.__name__, str(w.message), _blamed(w))
         for w in caught
         if "deterministic" not in str(w.message)  # torch.empty is filled with NaN for the kernels' sake
         and "encountered in" not in str(w.message)  # numpy, of which the interpreter is made
     ]
     return made
+
+
+def _blamed(w: warnings.WarningMessage) -> str:
+    """The file that a warning points at; C++ always points at the Python that called it, which may be ours."""
+    return "" if "Triggered internally" in str(w.message) else os.path.basename(w.filename)
 
 
 def difference(ours: Outcome, stock: Outcome, truth: Any = None, again: Redraw | None = None) -> str | None:
