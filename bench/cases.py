@@ -159,8 +159,8 @@ def _with_weights(
     function: Callable[..., Tensor], name: str, **options: Any
 ) -> Callable[[Case], Callable[..., Tensor]]:
     def formula(case: Case) -> Callable[..., Tensor]:
-        weights = _class_weights(case).to(torch.get_default_device(), case.torch_dtype)
-        return lambda x, target: function(x, target, **{name: weights}, **options)
+        weights = _class_weights(case)
+        return lambda x, target: function(x, target, **{name: weights.to(x)}, **options)
 
     return formula
 

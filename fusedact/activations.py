@@ -6,7 +6,7 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from keyword import iskeyword
 from typing import Any
 
@@ -55,6 +55,10 @@ class Activation:
                 f"activation {self.name!r} takes {', '.join(known) or 'no parameter'}, got {', '.join(unknown)}"
             )
         return tuple(float(given.get(name, default)) for name, default in self.defaults)
+
+    @cached_property
+    def default_values(self) -> tuple[float, ...]:
+        return self.parameters({})
 
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """torch's module for it, with the default parameters."""

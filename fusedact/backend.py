@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,6 +137,11 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return _HERE
 
 
+def elsewhere(x: Tensor) -> bool:
+    """x is on a GPU that is not the current one, to which a launch would go."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
+
+
 # What torch.backends.cuda.matmul.fp32_precision asks, without its microsecond of Python.
 _float32_precision = torch._C._get_fp32_precision_getter
 
@@ -168,6 +173,11 @@ def is_batched(t: Tensor | None) -> bool:
 def dispatching() -> bool:
     """A dispatch mode is on: fake tensors, FLOP counting, selective checkpointing."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without the Python that looks for functorch, which the doors have ruled out."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def is_transparent(t: Tensor) -> bool:

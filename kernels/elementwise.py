@@ -207,8 +207,7 @@ def _block(sizes, even, elements):
     block_a = min(after, 512 if even else 64)
     block_c = min(channel, max(128 // block_a, 1 if even else 32))
     block_b = min(before, elements // (block_a * block_c))
-    if even:
-        block_a = min(after, elements // (block_b * block_c))
+    block_a = min(after, elements // (block_b * block_c))
     return block_b, block_c, block_a
 
 

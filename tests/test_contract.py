@@ -96,6 +96,7 @@ def test_model_and_loss_equal_stock(activation, device, triton_backend):
 def test_compiled_whole_and_only_once_more(device, triton_backend):
     """No graph break, and no new graph after the second batch size."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = network(device)
 
     def step(x, target):

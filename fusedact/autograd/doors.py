@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedact import backend
+from fusedact.backend import PLAIN
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,23 @@ class Op:
             lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
             setup_context=lambda ctx, inputs, output: self._save(ctx, inputs[:-1], output),
         )
-        apply = self._function().apply
-        count = self.tensors
+        apply = backend.apply_of(self._function())
+        count, launch, presented = self.tensors, self.launch, self._presented
 
         def through_a_door(*args: Any) -> Any:
-            plain, wanted = True, False
-            for t in args[:count]:
-                if t is not None:
-                    plain = plain and type(t) in backend.PLAIN
-                    wanted = wanted or t.requires_grad
             if backend.transforming():
                 return self.composite(*args)
-            save = wanted and torch.is_grad_enabled()
-            if not plain or torch.compiler.is_compiling() or backend.dispatching():
-                return self._presented(forward_op(*args, save), args[count:])
-            return apply(*args) if save else self._presented(self.launch(*args, False), args[count:])
+            plain, recording, save = not torch.compiler.is_compiling(), torch.is_grad_enabled(), False
+            for t in args[:count]:
+                if t is not None:
+                    plain = plain and type(t) in PLAIN and not t.is_neg()  # a registered op is given it resolved
+                    save = save or (recording and t.requires_grad)
+            if not plain or backend.dispatching():
+                return presented(forward_op(*args, save), args[count:])
+            if backend.elsewhere(args[0]):
+                with torch.cuda.device(args[0].device):
+                    return through_a_door(*args)
+            return apply(*args) if save else presented(launch(*args, False), args[count:])
 
         return through_a_door
 

@@ -17,6 +17,8 @@ from fusedact.autograd.doors import Op
 class _Plan(NamedTuple):
     """What a call needs and its shapes do not tell."""
 
+    linear: Any
+    bias_activation: Any
     value: Any
     gradient: Any
     from_output: bool
@@ -29,8 +31,12 @@ def _plan(activation: str, parameters: Sequence[float], x: Tensor) -> _Plan:
 
 @lru_cache(4096)
 def _plan_of(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> _Plan:
+    from fusedact.kernels import bias_activation, linear
+
     from_output = entry.from_output(dtype, *parameters)
     return _Plan(
+        linear,
+        bias_activation,
         value_function(entry.name, device),
         gradient_function(entry.name, device, from_output),
         from_output,
@@ -47,16 +53,14 @@ def _launch(
     parameters: Sequence[float],
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from fusedact.kernels import linear
-
-    plan = _plan(activation, parameters, x)
+    dtype = x.dtype
+    plan = _plan_of(by_name(activation), tuple(parameters), dtype, x.device)
     N, K = weight.shape
     M = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
-    config = linear.tile(M, N, K, x.element_size(), plan.shared_memory)
-    precision = backend.dot_precision(x.dtype)
+    config = plan.linear.tile(M, N, K, dtype.itemsize, plan.shared_memory)
+    precision = backend.dot_precision(dtype)
     save_z = save and not plan.from_output
-    with backend.on_device(x):
-        return linear.forward(x, weight, bias, plan.value, tuple(parameters), slope, precision, config, save_z)
+    return plan.linear.forward(x, weight, bias, plan.value, parameters, slope, precision, config, save_z)
 
 
 def _saves_z(activation: str, parameters: Sequence[float], dtype: torch.dtype) -> bool:
@@ -85,9 +89,8 @@ def _backward(
     parameters: Sequence[float],
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    from fusedact.kernels import bias_activation, linear
-
     plan = _plan(activation, parameters, x)
+    linear, bias_activation = plan.linear, plan.bias_activation
     precision = backend.dot_precision(x.dtype)
     itemsize = x.element_size()
     N, K = weight.shape

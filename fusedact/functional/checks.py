@@ -6,6 +6,7 @@ from torch.nn import _reduction as _Reduction
 
 from fusedact import backend
 
+PLAIN, STRIDED = backend.PLAIN, torch.strided
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -13,16 +14,13 @@ def on_triton(input: Tensor, *others: Tensor | None) -> bool:
     """All are plain strided tensors of one device on which Triton runs, and jit.trace is not recording."""
     if not isinstance(input, Tensor) or not backend.uses_triton(input) or torch.jit.is_tracing():
         return False
-    device, eager = input.device, not torch.compiler.is_compiling()
+    device = input.device
     for t in (input, *others):
         if t is None:
             continue
-        if type(t) not in backend.PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
+        if type(t) not in PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
             return False
-        if t.device != device or t.layout is not torch.strided or t.is_nested:
-            return False
-        # The memory of a conjugate's imaginary part holds the opposite; a registered op is given it resolved.
-        if eager and t.is_neg():
+        if t.device != device or t.layout is not STRIDED or t.is_nested:
             return False
     return True
 

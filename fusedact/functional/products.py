@@ -15,6 +15,7 @@ def linear(
     *,
     activation: str | nn.Module | None = None,
     slope: Tensor | None = None,
+    out: Tensor | None = None,
     **parameters: float,
 ) -> Tensor:
     """activation(input weightᵀ + bias), in one launch where Triton runs.
@@ -29,7 +30,9 @@ def linear(
     if activation is None:
         if parameters or slope is not None:
             raise TypeError("linear() takes an activation's parameters only together with activation=")
-        return F.linear(input, weight, bias)
+        return F.linear(input, weight, bias) if out is None else F.linear(input, weight, bias, out=out)  # type: ignore[call-arg]
+    if out is not None:
+        raise TypeError("linear() takes out= only without activation=")
     if isinstance(activation, nn.Module):
         if parameters or slope is not None:
             raise TypeError("linear() takes an activation's parameters from its module, or by keyword with its name")
@@ -39,7 +42,7 @@ def linear(
         act, values, slope = found
     else:
         act = by_name(activation)
-        values = act.parameters(parameters)
+        values = act.parameters(parameters) if parameters else act.default_values
         if act.learned != (slope is not None):
             raise TypeError(f"activation {act.name!r} takes {'a' if act.learned else 'no'} slope= tensor")
     return _linear_act(input, weight, bias, act, values, slope)
@@ -60,20 +63,21 @@ def _linear_act(
         input, weight = cast(input, low), cast(weight, low)
         bias, slope = bias if bias is None else cast(bias, low), slope if slope is None else cast(slope, low)
     if fused and act.valid(*values) and _linear_fits(input, weight, bias, slope):
-        return autograd.linear_act(input, weight, bias, slope, act.name, list(values))
+        return autograd.linear_act(input, weight, bias, slope, act.name, values)
     z = F.linear(input, weight, bias)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
 
 
 def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
     dtype = x.dtype
-    if dtype not in backend.KERNEL_DTYPES or weight.dtype != dtype or x.dim() == 0 or weight.dim() != 2:
+    if weight.dtype is not dtype or dtype not in backend.KERNEL_DTYPES or weight.dim() != 2 or x.dim() == 0:
         return False
-    if x.size(-1) != weight.size(1):
+    channels, features = weight.shape
+    if x.shape[-1] != features:
         return False
-    if bias is not None and (bias.dtype != dtype or bias.dim() != 1 or bias.size(0) != weight.size(0)):
+    if bias is not None and (bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != channels):
         return False
     if slope is None:
         return True
     per_channel = x.dim() == 2 and slope.shape == weight.shape[:1]  # torch's channel is dim 1
-    return slope.dtype == dtype and (per_channel or (slope.numel() == 1 and slope.dim() <= 1))
+    return slope.dtype is dtype and (per_channel or (slope.numel() == 1 and slope.dim() <= 1))
