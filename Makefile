@@ -14,7 +14,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive'
 
 test-exhaustive: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m exhaustive
+	$(VENV)/bin/python -m pytest -m exhaustive
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' $(KERNEL_PROOFS)
