@@ -11,13 +11,13 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive'
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not exhaustive'
 
 test-exhaustive: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -m exhaustive
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m exhaustive
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' $(KERNEL_PROOFS)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not exhaustive' $(KERNEL_PROOFS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
