@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, blocks_of, finite_or_0, is_last_program, narrow, ordered_sum, tanh
+from .tiles import LOG2_E, blocks_of, finite_or_0, narrow, store_reduced, tanh
 from .workspace import around_classes, as_arguments, by_row, cdiv, power_of_2, row_strides, tickets
 
 WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
@@ -162,6 +162,8 @@ def _forward_kernel(
     SPREAD: tl.constexpr = PROBABILITIES or smoothing is not None
     C = C // ALIGNED * ALIGNED  # the same number, known to the compiler as a multiple
     stride_xb = stride_xb // ALIGNED * ALIGNED
+    if PROBABILITIES:
+        stride_tb = stride_tb // ALIGNED * ALIGNED
     programs = tl.num_programs(0)
     loss_sum = tl.zeros((ROWS,), ACCUMULATOR)
     weight_sum = tl.zeros((ROWS,), ACCUMULATOR)
@@ -239,17 +241,7 @@ def _forward_kernel(
         weight_sum += tl.where(counts, weight, 0.0)
 
     if partial_ptr is not None:
-        which = tl.arange(0, 2)
-        sums = tl.where(which == 0, tl.sum(loss_sum, 0), tl.sum(weight_sum, 0))
-        tl.store(partial_ptr + tl.program_id(0) * 2 + which, sums)
-        if is_last_program(ticket_ptr, programs):
-            sums = ordered_sum(partial_ptr, programs, 2, which, which < 2, MAX_PROGRAMS, 2)
-            total = tl.sum(tl.where(which == 1, sums, 0.0), 0)
-            loss = tl.sum(tl.where(which == 0, sums, 0.0), 0)
-            if MEAN:
-                loss = loss / total
-            tl.store(loss_ptr, narrow(loss, loss_ptr.dtype.element_ty))
-            tl.store(total_ptr, total)
+        store_reduced(loss_sum, weight_sum, partial_ptr, ticket_ptr, loss_ptr, total_ptr, MEAN, MAX_PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -295,6 +287,8 @@ def _backward_kernel(
     C = C // ALIGNED * ALIGNED
     stride_xb = stride_xb // ALIGNED * ALIGNED
     stride_dxb = stride_dxb // ALIGNED * ALIGNED
+    if PROBABILITIES:
+        stride_tb = stride_tb // ALIGNED * ALIGNED
     blocks_b = blocks_of(B, ROWS)
     a = (tl.program_id(0) // blocks_b).to(tl.int64)
     b = (tl.program_id(0) % blocks_b).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -382,9 +376,11 @@ def _target(target, A, B):
     return target, (*strides, 0)
 
 
-def _alignment(x):
-    """What divides a row's length and stride, up to 16: the JIT itself asks for 16 alone, and 1000 is 8 times 125."""
-    return math.gcd(x.shape[1], x.stride(2), 16) if x.stride(1) == 1 else 1
+def _alignment(*tensors):
+    """What divides the length and the strides of their rows, up to 16: the JIT asks for 16, and 1000 is 8 times 125."""
+    if any(t.stride(1) != 1 for t in tensors):
+        return 1
+    return math.gcd(tensors[0].shape[1], *(t.stride(2) for t in tensors), 16)
 
 
 def _numbers(dtype, *numbers):
@@ -424,7 +420,7 @@ def forward(
         ignore_index, _numbers(x.dtype, smoothing, z_loss, softcap),
         MEAN=reduction == "mean", PROBABILITIES=probabilities,
         ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
-        ALIGNED=_alignment(x), ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
+        ALIGNED=_alignment(x, *[target] * probabilities), ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
         MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -461,7 +457,7 @@ def backward(
         *row_strides(gradient),
         ignore_index, _numbers(x.dtype, smoothing, z_loss, softcap),
         PROBABILITIES=probabilities,
-        ALIGNED=_alignment(x) if gradient.stride(1) == 1 else 1, ROWS=rows, LANES=lanes,
+        ALIGNED=_alignment(x, gradient, *[target] * probabilities), ROWS=rows, LANES=lanes,
         num_warps=4,
     )  # fmt: skip
     return dx, dtarget

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import blocks_of, is_last_program, narrow, ordered_sum
+from .tiles import blocks_of, narrow, store_reduced
 from .workspace import around_classes, by_row, cdiv, power_of_2, row_strides, tickets
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
@@ -81,17 +81,7 @@ def _forward_kernel(
         weight_sum += tl.where(counts, weight, 0.0)
 
     if partial_ptr is not None:
-        which = tl.arange(0, 2)
-        sums = tl.where(which == 0, tl.sum(loss_sum, 0), tl.sum(weight_sum, 0))
-        tl.store(partial_ptr + tl.program_id(0) * 2 + which, sums)
-        if is_last_program(ticket_ptr, programs):
-            sums = ordered_sum(partial_ptr, programs, 2, which, which < 2, MAX_PROGRAMS, 2)
-            total = tl.sum(tl.where(which == 1, sums, 0.0), 0)
-            loss = tl.sum(tl.where(which == 0, sums, 0.0), 0)
-            if MEAN:
-                loss = loss / total
-            tl.store(loss_ptr, narrow(loss, loss_ptr.dtype.element_ty))
-            tl.store(total_ptr, total)
+        store_reduced(loss_sum, weight_sum, partial_ptr, ticket_ptr, loss_ptr, total_ptr, MEAN, MAX_PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

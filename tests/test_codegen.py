@@ -35,7 +35,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4, "fp64": 8}
 GATHERS = ("nll_forward",)  # given a table of which it reads one number a row
 NARROW_LOADS = 8  # of a bias, a slope, targets and partial sums
 
-pytestmark = [pytest.mark.xdist_group("codegen"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ def lines(tmp_path_factory):
     return dict(line.split(": ") for line in done.stdout.splitlines())
 
 
-@pytest.mark.xdist_group("compiles")
 def test_every_case_is_accepted_and_launches_what_is_stated(lines):
     linear = [name for name, launched in lines.items() if launched == LINEAR]
     assert len(linear) == 10

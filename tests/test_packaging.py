@@ -19,8 +19,6 @@ NAMED = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 OUTER = [path for path in sys.path if path and (path.endswith("-packages") or path in NAMED)]
 IGNORED = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "results", "docs")
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one build, whatever the number of workers
-
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """The command's output; its environment has no say in what is imported or which backend runs."""

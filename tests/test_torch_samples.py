@@ -74,14 +74,12 @@ def check(case, fused=False):
         assert (case["fused"] > 0) == (case["name"] not in STOCKS)
 
 
-@pytest.mark.xdist_group("samples, fallback")
 @pytest.mark.parametrize(("kind", "dtype"), OF_A_FUNCTION)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_on_the_fallback(name, kind, dtype, fallback):
     check(fallback[0][name, kind, dtype])
 
 
-@pytest.mark.xdist_group("samples, fallback")
 @pytest.mark.parametrize(("kind", "dtype"), [*OF_A_MODULE, ("copies", "")])
 @pytest.mark.parametrize("name", MODULES)
 def test_module_on_the_fallback(name, kind, dtype, fallback):
@@ -90,7 +88,6 @@ def test_module_on_the_fallback(name, kind, dtype, fallback):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.xdist_group("samples, kernels")
 @pytest.mark.parametrize(("kind", "dtype"), OF_A_FUNCTION)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_through_the_kernels(name, kind, dtype, kernels):
@@ -99,14 +96,12 @@ def test_function_through_the_kernels(name, kind, dtype, kernels):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.xdist_group("samples, kernels of modules")
 @pytest.mark.parametrize(("kind", "dtype"), OF_A_MODULE)
 @pytest.mark.parametrize("name", MODULES)
 def test_module_through_the_kernels(name, kind, dtype, module_kernels):
     check(module_kernels[name, kind, dtype], fused=kind == "module")
 
 
-@pytest.mark.xdist_group("samples, fallback")
 def test_what_falls_through_is_listed_apart(fallback):
     cases, others = fallback
     ours = {name for name, _, _ in cases}
