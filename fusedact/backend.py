@@ -142,13 +142,16 @@ def elsewhere(x: Tensor) -> bool:
     return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
+# How many dispatch modes are on: fake tensors, FLOP counting, selective checkpointing.
+dispatching = torch._C._len_torch_dispatch_stack
+
 # What torch.backends.cuda.matmul.fp32_precision asks, without its microsecond of Python.
 _float32_precision = torch._C._get_fp32_precision_getter
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s input_precision: float32 products follow torch's own setting, old or new."""
-    return "tf32" if dtype == torch.float32 and _float32_precision("cuda", "matmul") == "tf32" else "ieee"
+    return "tf32" if dtype is torch.float32 and _float32_precision("cuda", "matmul") == "tf32" else "ieee"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -168,11 +171,6 @@ def transforming() -> bool:
 def is_batched(t: Tensor | None) -> bool:
     """Many gradients in one, of `is_grads_batched=True`."""
     return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
-
-
-def dispatching() -> bool:
-    """A dispatch mode is on: fake tensors, FLOP counting, selective checkpointing."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ def clean_folder(tmp_path, monkeypatch):
 
 
 def start(*args, **environment):
-    """`python -m fusedact` without Triton's interpreter."""
+    """`python -m fusedact` without Triton's interpreter, heeding Ctrl-C even where the shell ignores it."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "fusedact", *args],
@@ -41,6 +41,7 @@ def start(*args, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env=inherited | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

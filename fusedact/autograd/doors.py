@@ -50,22 +50,27 @@ class Op:
             setup_context=lambda ctx, inputs, output: self._save(ctx, inputs[:-1], output),
         )
         apply = backend.apply_of(self._function())
-        count, launch, presented = self.tensors, self.launch, self._presented
+        count, launch, single, presented = self.tensors, self.launch, self.results is None, self._presented
 
         def through_a_door(*args: Any) -> Any:
             if backend.transforming():
                 return self.composite(*args)
-            plain, recording, save = not torch.compiler.is_compiling(), torch.is_grad_enabled(), False
+            save, recording = False, torch.is_grad_enabled()
+            plain = not (torch.compiler.is_dynamo_compiling() or backend.dispatching())
             for t in args[:count]:
                 if t is not None:
+                    if recording and t.requires_grad:
+                        save = True
                     plain = plain and type(t) in PLAIN and not t.is_neg()  # a registered op is given it resolved
-                    save = save or (recording and t.requires_grad)
-            if not plain or backend.dispatching():
+            if not plain:
                 return presented(forward_op(*args, save), args[count:])
             if backend.elsewhere(args[0]):
                 with torch.cuda.device(args[0].device):
                     return through_a_door(*args)
-            return apply(*args) if save else presented(launch(*args, False), args[count:])
+            if save:
+                return apply(*args)
+            output = launch(*args, False)
+            return output[0] if single else presented(output, args[count:])
 
         return through_a_door
 

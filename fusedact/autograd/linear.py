@@ -56,8 +56,7 @@ def _launch(
     dtype = x.dtype
     plan = _plan_of(by_name(activation), tuple(parameters), dtype, x.device)
     N, K = weight.shape
-    M = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
-    config = plan.linear.tile(M, N, K, dtype.itemsize, plan.shared_memory)
+    config = plan.linear.tile(x.numel() // K if K else 1, N, K, dtype.itemsize, plan.shared_memory)
     precision = backend.dot_precision(dtype)
     save_z = save and not plan.from_output
     return plan.linear.forward(x, weight, bias, plan.value, parameters, slope, precision, config, save_z)

@@ -18,13 +18,10 @@ LOG_SOFTMAX, SOFTMIN = "log_softmax", "softmin"
 class _FromOutput(Op):
     """An op of one result, which its backward reads and not its input."""
 
-    def _presented(self, output: Any, options: tuple) -> Tensor:
-        return output
-
     def _save(self, ctx: Any, args: tuple, output: Any) -> None:
         ctx.options = args[self.tensors :]
         ctx.dtype = args[0].dtype
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(output[0])
 
     def _gradients(
         self, ctx: Any, dys: tuple[Tensor | None, ...], backward: Callable[..., Any]
@@ -43,16 +40,16 @@ def _widest(*dtypes: torch.dtype) -> int:
     return 8 if torch.float64 in dtypes else 4
 
 
-def _launch(x: Tensor, kind: str, dim: int, dtype: torch.dtype, save: bool) -> Any:
+def _launch(x: Tensor, kind: str, dim: int, dtype: torch.dtype, save: bool) -> tuple[Tensor, None]:
     from fusedact.kernels import softmax
 
     config = softmax.tile(x.shape, x.stride(), dim, _widest(x.dtype, dtype), 1, backend.chip(x.device)[1])
     with backend.on_device(x):
-        return softmax.forward(x, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config)
+        return softmax.forward(x, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config), None
 
 
 def _fake(x, kind, dim, dtype, save):
-    return x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype), None
 
 
 def _backward(dy: Tensor, y: Tensor, kind: str, dim: int, dtype: torch.dtype) -> Any:
@@ -81,7 +78,7 @@ def _composite(x, kind, dim, dtype):
 softmax = _FromOutput(
     name="softmax",
     tensors=1,
-    schema="(Tensor x, str kind, int dim, ScalarType dtype, bool save) -> Tensor",
+    schema="(Tensor x, str kind, int dim, ScalarType dtype, bool save) -> (Tensor, Tensor)",
     launch=_launch,
     fake=_fake,
     extras=lambda output, options: (),

@@ -15,14 +15,17 @@ def on_triton(input: Tensor, *others: Tensor | None) -> bool:
     if not isinstance(input, Tensor) or not backend.uses_triton(input) or torch.jit.is_tracing():
         return False
     device = input.device
-    for t in (input, *others):
-        if t is None:
-            continue
-        if type(t) not in PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
+    for t in others:
+        if t is not None and (not _readable(t) or t.device != device):
             return False
-        if t.device != device or t.layout is not STRIDED or t.is_nested:
-            return False
-    return True
+    return _readable(input)
+
+
+def _readable(t: Tensor) -> bool:
+    """Its memory is a strided tensor's, as a kernel reads it."""
+    if type(t) not in PLAIN and not (isinstance(t, Tensor) and backend.is_transparent(t)):
+        return False
+    return t.layout is STRIDED and not t.is_nested
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

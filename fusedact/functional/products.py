@@ -62,7 +62,7 @@ def _linear_act(
         fused = act.low_precision
         input, weight = cast(input, low), cast(weight, low)
         bias, slope = bias if bias is None else cast(bias, low), slope if slope is None else cast(slope, low)
-    if fused and act.valid(*values) and _linear_fits(input, weight, bias, slope):
+    if fused and (not values or act.valid(*values)) and _linear_fits(input, weight, bias, slope):
         return autograd.linear_act(input, weight, bias, slope, act.name, values)
     z = F.linear(input, weight, bias)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
@@ -75,7 +75,7 @@ def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor |
     channels, features = weight.shape
     if x.shape[-1] != features:
         return False
-    if bias is not None and (bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != channels):
+    if bias is not None and (bias.dtype is not dtype or bias.shape != (channels,)):
         return False
     if slope is None:
         return True
