@@ -19,7 +19,7 @@ from torch import Tensor
 import fusedact
 from bench.turns import table, timed
 from fusedact import autograd, backend, functional
-from fusedact.kernels import bce, bias_activation, cross_entropy, linear
+from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, linear, softmax
 
 TURNS = 400
 AHEAD = 64  # results handed out before the first comes again
@@ -28,6 +28,7 @@ PHASES = ("inference", "forward", "both")
 x, weight, bias, dz = torch.rand(64, 3), torch.rand(1, 3), torch.rand(1), torch.rand(64, 1)
 logits, classes, stats, count = torch.randn(64, 10), torch.randint(10, (64,)), torch.rand(2, 64), torch.rand(1)
 yes, likely, loss = torch.randn(64, 1), torch.rand(64, 1), torch.rand(())
+y, slope = torch.randn(64, 10), torch.full((1,), 0.25)
 
 
 def ahead(*results: Tensor | None) -> Iterator[Any]:
@@ -101,6 +102,30 @@ CASES = (
         (yes, likely),
         1,
         ((bce, "forward", made(loss)), (bce, "backward", made(yes, None))),
+    ),
+    Case(
+        "softmax, 64 x 10",
+        lambda *args: stock.softmax(*args, dim=-1),
+        lambda *args: functional.softmax(*args, dim=-1),
+        (logits,),
+        1,
+        ((softmax, "forward", made(y)), (softmax, "backward", made(y))),
+    ),
+    Case(
+        "gelu, 64 x 10",
+        stock.gelu,
+        functional.gelu,
+        (logits,),
+        1,
+        ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, None))),
+    ),
+    Case(
+        "prelu, 64 x 10",
+        stock.prelu,
+        functional.prelu,
+        (logits, slope),
+        2,
+        ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, slope))),
     ),
 )
 

@@ -91,9 +91,8 @@ def _launch(
 ) -> tuple[Tensor, None]:
     from fusedact.kernels import elementwise
 
-    with backend.on_device(x):
-        value = value_function(activation, x.device)
-        y = elementwise.forward(x, value, tuple(parameters), slope, elementwise.tile(x.element_size()))
+    value = value_function(activation, x.device)
+    y = elementwise.forward(x, value, tuple(parameters), slope, elementwise.tile(x.element_size()))
     return y, None
 
 
@@ -113,10 +112,9 @@ def _backward(
 
     from_output = by_name(activation).derivative_from_output is not None
     want_x, want_slope = wanted
-    with backend.on_device(saved):
-        gradient = gradient_function(activation, saved.device, from_output)
-        config = elementwise.tile(saved.element_size())
-        return elementwise.backward(dy, saved, gradient, tuple(parameters), slope, want_x, want_slope, config)
+    gradient = gradient_function(activation, saved.device, from_output)
+    config = elementwise.tile(saved.element_size())
+    return elementwise.backward(dy, saved, gradient, tuple(parameters), slope, want_x, want_slope, config)
 
 
 def _backward_fake(dy, saved, slope, activation, parameters, wanted):

@@ -10,7 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedact import backend
 from fusedact.autograd.doors import Op
 
 _MULTILABEL = "multilabel_soft_margin"
@@ -18,21 +17,20 @@ _MULTILABEL = "multilabel_soft_margin"
 
 def _launch(
     name: str, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, save: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, None]:
     from fusedact.kernels import bce, multilabel
 
-    with backend.on_device(x):
-        if name == _MULTILABEL and reduction == "none":
-            loss = multilabel.forward_rows(x, target, weight, multilabel.tile(x.shape[-1], x.element_size()))
-        else:
-            divisor = None if reduction == "none" else _divisor(name, x, reduction)
-            loss = bce.forward(_formula(name), x, target, weight, pos_weight, divisor, bce.tile(x.element_size()))
-    return loss, x.new_empty(0)
+    if name == _MULTILABEL and reduction == "none":
+        loss = multilabel.forward_rows(x, target, weight, multilabel.tile(x.shape[-1], x.element_size()))
+    else:
+        divisor = None if reduction == "none" else _divisor(name, x, reduction)
+        loss = bce.forward(_formula(name), x, target, weight, pos_weight, divisor, bce.tile(x.element_size()))
+    return loss, None
 
 
 def _fake(name, x, target, weight, pos_weight, reduction, save):
     every = x.shape[:-1] if name == _MULTILABEL else x.shape
-    return x.new_empty(every if reduction == "none" else ()), x.new_empty(0)
+    return x.new_empty(every if reduction == "none" else ()), None
 
 
 def _backward(
@@ -44,29 +42,28 @@ def _backward(
     pos_weight: Tensor | None,
     reduction: str,
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     from fusedact.kernels import bce
 
     if name == _MULTILABEL and reduction == "none":
         dloss = dloss.unsqueeze(-1)
-    with backend.on_device(x):
-        gradients = bce.backward(
-            _formula(name),
-            dloss,
-            x,
-            target,
-            weight,
-            pos_weight,
-            _divisor(name, x, reduction),
-            wanted[0],
-            wanted[1],
-            bce.tile(x.element_size()),
-        )
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (*gradients, None, None))
+    dx, dtarget = bce.backward(
+        _formula(name),
+        dloss,
+        x,
+        target,
+        weight,
+        pos_weight,
+        _divisor(name, x, reduction),
+        wanted[0],
+        wanted[1],
+        bce.tile(x.element_size()),
+    )
+    return dx, dtarget, None, None
 
 
 def _backward_fake(dloss, x, target, weight, pos_weight, reduction, wanted):
-    return tuple(x.new_empty(x.shape if want else 0) for want in (*wanted[:2], False, False))
+    return *(x.new_empty(x.shape) if want else None for want in wanted[:2]), None, None
 
 
 @cache

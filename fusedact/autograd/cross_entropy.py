@@ -36,10 +36,7 @@ def _launch(
         2 ** (two_streams + (softcap != 0)),
         backend.chip(logits.device)[1],
     )
-    with backend.on_device(logits):
-        return cross_entropy.forward(
-            logits, target, weight, sample_weight, ignore_index, reduction, *options, config, save
-        )
+    return cross_entropy.forward(logits, target, weight, sample_weight, ignore_index, reduction, *options, config, save)
 
 
 def _fake(
@@ -76,22 +73,21 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     from fusedact.kernels import cross_entropy
 
-    with backend.on_device(logits):
-        dx, dtarget = cross_entropy.backward(
-            dloss,
-            dlse,
-            logits,
-            target,
-            weight,
-            sample_weight,
-            stats.contiguous(),
-            total if reduction == "mean" else None,
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            *wanted[:2],
-        )
+    dx, dtarget = cross_entropy.backward(
+        dloss,
+        dlse,
+        logits,
+        target,
+        weight,
+        sample_weight,
+        stats.contiguous(),
+        total if reduction == "mean" else None,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        *wanted[:2],
+    )
     return dx, dtarget, None, None
 
 

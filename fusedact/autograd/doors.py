@@ -85,8 +85,10 @@ class Op:
             ctx.set_materialize_grads(False)
             return self._presented(output, ctx.options)
 
+        launch_backward = _on_device(self.backward)
+
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-            return self._gradients(ctx, dys, self.backward)
+            return self._gradients(ctx, dys, launch_backward)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = self.name.title().replace("_", "")  # as users read it in `grad_fn` and in errors
@@ -120,9 +122,19 @@ def _define(name: str, schema: str, launch: Callable, fake: Callable) -> Callabl
     qualified = f"fusedact::{name}"
     torch.library.define(qualified, schema)
     for device in ("cpu", "cuda"):  # a CPU tensor is for the interpreter
-        torch.library.impl(qualified, device, _without_none(launch))
+        torch.library.impl(qualified, device, _without_none(_on_device(launch)))
     torch.library.register_fake(qualified, _without_none(fake))
     return getattr(torch.ops.fusedact, name).default
+
+
+def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """run, with its tensors' GPU made current: a launch goes to the current one."""
+
+    def there(*args: Any) -> Any:
+        with backend.on_device(next(arg for arg in args if isinstance(arg, Tensor))):
+            return run(*args)
+
+    return there
 
 
 def _without_none(run: Callable[..., Any]) -> Callable[..., Any]:

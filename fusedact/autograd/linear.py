@@ -98,23 +98,22 @@ def _backward(
     if dy.dim() != 2:
         dy, saved = dy.reshape(M, N), saved.reshape(M, N)
     want_x, want_weight, want_bias, want_slope = wanted
-    with backend.on_device(x):
-        dz, db, dslope = bias_activation.backward(
-            dy,
-            saved.contiguous(),  # a hook may have brought it back in another layout
-            plan.gradient,
-            tuple(parameters),
-            slope,
-            want_bias,
-            want_slope,
-            bias_activation.tile(M, N, itemsize),
-        )
-        dx = dw = None
-        if want_x:
-            dx = linear.product(dz, weight, precision, linear.tile(M, K, N, itemsize, plan.shared_memory))
-            dx = dx if x.dim() == 2 else dx.view(x.shape)
-        if want_weight:
-            dw = linear.product(dz.t(), rows, precision, linear.tile(N, K, M, itemsize, plan.shared_memory))
+    dz, db, dslope = bias_activation.backward(
+        dy,
+        saved.contiguous(),  # a hook may have brought it back in another layout
+        plan.gradient,
+        tuple(parameters),
+        slope,
+        want_bias,
+        want_slope,
+        bias_activation.tile(M, N, itemsize),
+    )
+    dx = dw = None
+    if want_x:
+        dx = linear.product(dz, weight, precision, linear.tile(M, K, N, itemsize, plan.shared_memory))
+        dx = dx if x.dim() == 2 else dx.view(x.shape)
+    if want_weight:
+        dw = linear.product(dz.t(), rows, precision, linear.tile(N, K, M, itemsize, plan.shared_memory))
     return dx, dw, db, dslope
 
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedact import backend
 from fusedact.autograd.doors import Op
 
 
@@ -13,8 +12,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None]:
     from fusedact.kernels import nll
 
-    with backend.on_device(logp):
-        return nll.forward(logp, target, weight, ignore_index, reduction, nll.tile())
+    return nll.forward(logp, target, weight, ignore_index, reduction, nll.tile())
 
 
 def _fake(logp, target, weight, ignore_index, reduction, save):
@@ -36,8 +34,7 @@ def _backward(
 ) -> tuple[Tensor, None, None]:
     from fusedact.kernels import nll
 
-    with backend.on_device(logp):
-        dlogp = nll.backward(dloss, logp, target, weight, total if reduction == "mean" else None, ignore_index)
+    dlogp = nll.backward(dloss, logp, target, weight, total if reduction == "mean" else None, ignore_index)
     return dlogp, None, None
 
 

@@ -44,8 +44,7 @@ def _launch(x: Tensor, kind: str, dim: int, dtype: torch.dtype, save: bool) -> t
     from fusedact.kernels import softmax
 
     config = softmax.tile(x.shape, x.stride(), dim, _widest(x.dtype, dtype), 1, backend.chip(x.device)[1])
-    with backend.on_device(x):
-        return softmax.forward(x, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config), None
+    return softmax.forward(x, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config), None
 
 
 def _fake(x, kind, dim, dtype, save):
@@ -56,8 +55,7 @@ def _backward(dy: Tensor, y: Tensor, kind: str, dim: int, dtype: torch.dtype) ->
     from fusedact.kernels import softmax
 
     config = softmax.tile(y.shape, y.stride(), dim, _widest(y.dtype, dtype), 2, backend.chip(y.device)[1])
-    with backend.on_device(y):
-        return softmax.backward(dy, y, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config)
+    return softmax.backward(dy, y, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config)
 
 
 def _backward_fake(dy, y, kind, dim, dtype):
