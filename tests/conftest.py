@@ -79,6 +79,36 @@ def as_accurate_as_torch():
     return check
 
 
+@pytest.fixture
+def loss_as_accurate_as_torch(as_accurate_as_torch):
+    """check(ours, stock, x, target, **options): a loss and the gradients of input and target, as that rule has it."""
+
+    def check(ours, stock, x, target, **options):
+        truth = stock, x.cpu().double(), target.cpu().double()
+        three = []
+        for function, *tensors in ((ours, x, target), (stock, x, target), truth):
+            x_, target_ = (t.detach().requires_grad_() for t in tensors)
+            given = {k: v.to(x_) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            value = function(x_, target_, **given)
+            dy = torch.linspace(0.5, 2.0, value.numel(), dtype=x_.dtype, device=x_.device).view(value.shape)
+            three.append((value, *torch.autograd.grad(value, (x_, target_), dy)))
+        for results in zip(*three, strict=True):
+            as_accurate_as_torch(*results)
+
+    return check
+
+
+@pytest.fixture
+def far_rows(device, tmp_path):
+    """float16 (4, 16), a row stride of 2**30: the third row's address needs 64 bits. The rest is never touched."""
+    size = 3 * 2**30 + 16
+    if device == "cpu":
+        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
+    else:
+        storage = torch.empty(size, dtype=torch.float16, device=device)
+    return storage.as_strided((4, 16), (2**30, 1)).copy_(torch.randn(4, 16))
+
+
 class Launches:
     """Kernel launches since the last `reset`."""
 

@@ -24,19 +24,6 @@ def inputs(shape, dtype, device, seed=0):
     return logits.to(device, dtype), target.to(device, dtype)
 
 
-def check(x, target, compare, **options):
-    """Ours, torch's in the same dtype and the float64 truth: the loss and the gradients of input and target."""
-    three = []
-    for function, *tensors in ((ours, x, target), (stock, x, target), (stock, x.cpu().double(), target.cpu().double())):
-        x_, target_ = (t.detach().requires_grad_() for t in tensors)
-        given = {k: v.to(x_) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        value = function(x_, target_, **given)
-        dy = torch.linspace(0.5, 2.0, value.numel(), dtype=x_.dtype, device=x_.device).view(value.shape)
-        three.append((value, *torch.autograd.grad(value, (x_, target_), dy)))
-    for one, other, truth in zip(*three, strict=True):
-        compare(one, other, truth)
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -44,15 +31,17 @@ def check(x, target, compare, **options):
     [(1,), (5,), (3000,), (1, 1), (64, 10), (129, 16), (33, 17), (2, 511), (2, 512), (2, 513), (2, 2049), (3, 4, 7)],
     ids=str,
 )
-def test_shapes(shape, dtype, reduction, device, as_accurate_as_torch):
-    check(*inputs(shape, dtype, device), as_accurate_as_torch, reduction=reduction)
+def test_shapes(shape, dtype, reduction, device, loss_as_accurate_as_torch):
+    loss_as_accurate_as_torch(ours, stock, *inputs(shape, dtype, device), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(10,), (3, 1), (6, 1, 1), (1,), (), (6, 3, 10)], ids=str)
-def test_weight_broadcasts(shape, reduction, device, as_accurate_as_torch, launches):
+def test_weight_broadcasts(shape, reduction, device, loss_as_accurate_as_torch, launches):
     weight = torch.randn(shape, dtype=torch.float64)
-    check(*inputs((6, 3, 10), torch.float32, device), as_accurate_as_torch, reduction=reduction, weight=weight)
+    loss_as_accurate_as_torch(
+        ours, stock, *inputs((6, 3, 10), torch.float32, device), reduction=reduction, weight=weight
+    )
     assert launches.count == 2
 
 
@@ -67,11 +56,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_are_read_in_place(layout, reduction, device, as_accurate_as_torch, launches):
+def test_strides_are_read_in_place(layout, reduction, device, loss_as_accurate_as_torch, launches):
     x, target = inputs((30, 12), torch.float32, device)
     weight = LAYOUTS[layout](torch.rand(30, 12))
-    check(LAYOUTS[layout](x), target, as_accurate_as_torch, reduction=reduction, weight=weight)
-    check(x, LAYOUTS[layout](target), as_accurate_as_torch, reduction=reduction)
+    loss_as_accurate_as_torch(ours, stock, LAYOUTS[layout](x), target, reduction=reduction, weight=weight)
+    loss_as_accurate_as_torch(ours, stock, x, LAYOUTS[layout](target), reduction=reduction)
     assert launches.count == 4
 
 
@@ -154,14 +143,16 @@ def test_bitwise_the_same_from_run_to_run(reduction, device):
 
 
 @given(data=st.data(), reduction=st.sampled_from(REDUCTIONS), seed=st.integers(0, 9))
-def test_any_shape_and_strides(data, reduction, seed, device, as_accurate_as_torch):
+def test_any_shape_and_strides(data, reduction, seed, device, loss_as_accurate_as_torch):
     shape = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple))
     order = data.draw(st.permutations(range(len(shape))))
     kept = data.draw(st.integers(0, len(shape)))
     of_weight = [data.draw(st.sampled_from([1, size])) for size in shape[len(shape) - kept :]]
     x, target = inputs(shape, data.draw(st.sampled_from([torch.float32, torch.float64])), device, seed)
     x = x.permute(order).contiguous().permute(sorted(range(len(shape)), key=order.__getitem__))
-    check(x, target, as_accurate_as_torch, reduction=reduction, weight=torch.rand(of_weight, dtype=torch.float64))
+    loss_as_accurate_as_torch(
+        ours, stock, x, target, reduction=reduction, weight=torch.rand(of_weight, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

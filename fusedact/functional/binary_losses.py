@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
-from fusedact.functional.checks import REDUCTIONS, cast, legacy_reduction, on_triton
+from fusedact.functional.checks import REDUCTIONS, cast, on_triton, resolved_reduction
 
 
 def binary_cross_entropy_with_logits(
@@ -25,14 +25,13 @@ def binary_cross_entropy_with_logits(
 
     Raises torch.nn.functional.binary_cross_entropy_with_logits's errors, and is a drop-in for it.
     """
+    reduction = resolved_reduction(size_average, reduce, reduction)
     if on_triton(input, target, weight, pos_weight):
-        if size_average is not None or reduce is not None:
-            reduction, size_average, reduce = legacy_reduction(size_average, reduce), None, None
         if backend.autocast_dtype(input) is not None:
             input, target, weight, pos_weight = _float32(input, target, weight, pos_weight)
         if _fits(input, target, reduction, weight, pos_weight):
             return autograd.bce_with_logits(input, target, weight, pos_weight, reduction)
-    return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
 
 
 def binary_cross_entropy(
@@ -52,9 +51,8 @@ def binary_cross_entropy(
 
     Raises torch.nn.functional.binary_cross_entropy's errors, and is a drop-in for it.
     """
+    reduction = resolved_reduction(size_average, reduce, reduction)
     if on_triton(input, target, weight):
-        if size_average is not None or reduce is not None:
-            reduction, size_average, reduce = legacy_reduction(size_average, reduce), None, None
         banned = False
         if backend.autocast_dtype(input) is not None:
             banned = input.is_cuda
@@ -63,7 +61,7 @@ def binary_cross_entropy(
             if backend.looks_at_values(input):
                 _check_probabilities(input=input, target=target)
             return autograd.binary_cross_entropy(input, target, weight, None, reduction)
-    return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    return F.binary_cross_entropy(input, target, weight, reduction=reduction)
 
 
 def multilabel_soft_margin_loss(
@@ -81,14 +79,13 @@ def multilabel_soft_margin_loss(
 
     Raises torch.nn.functional.multilabel_soft_margin_loss's errors, and is a drop-in for it.
     """
+    reduction = resolved_reduction(size_average, reduce, reduction)
     if on_triton(input, target, weight):
-        if size_average is not None or reduce is not None:
-            reduction, size_average, reduce = legacy_reduction(size_average, reduce), None, None
         if input.is_cuda and backend.autocast_dtype(input) is not None:  # where its sum runs in float32
             input, target, weight = _float32(input, target, weight)
         if input.dim() and input.shape[-1] and _fits(input, target, reduction, weight, integers=True):
             return autograd.multilabel_soft_margin(input, target, weight, None, reduction)
-    return F.multilabel_soft_margin_loss(input, target, weight, size_average, reduce, reduction)
+    return F.multilabel_soft_margin_loss(input, target, weight, reduction=reduction)
 
 
 def _float32(*tensors: Tensor | None) -> list:

@@ -38,15 +38,16 @@ def class_dim(input: Tensor) -> int:
     return min(1, input.dim() - 1)
 
 
-def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction that the deprecated arguments mean, with torch's warning."""
+def resolved_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction; what the deprecated arguments mean, with torch's warning, where they are given."""
+    if size_average is None and reduce is None:
+        return reduction
     return _Reduction.legacy_get_string(size_average, reduce)
 
 
 def checked_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction; what the deprecated arguments mean, with torch's warning, where they are given."""
-    if size_average is not None or reduce is not None:
-        return legacy_reduction(size_average, reduce)
+    """The resolved reduction, which is one of torch's. ValueError otherwise."""
+    reduction = resolved_reduction(size_average, reduce, reduction)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     return reduction
