@@ -5,8 +5,8 @@
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from keyword import iskeyword
 from typing import Any
 
@@ -43,6 +43,7 @@ class Activation:
     low_precision: bool = True
     fused_alone: bool = False
     derivative_from_output: Callable[[Tensor, Tensor], Tensor] | None = None
+    default_values: tuple[float, ...] = field(init=False)
 
     def parameters(self, given: dict[str, float]) -> tuple[float, ...]:
         """`given` over the defaults, in order; TypeError for a name that the activation does not have."""
@@ -56,9 +57,8 @@ class Activation:
             )
         return tuple(float(given.get(name, default)) for name, default in self.defaults)
 
-    @cached_property
-    def default_values(self) -> tuple[float, ...]:
-        return self.parameters({})
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "default_values", self.parameters({}))
 
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """torch's module for it, with the default parameters."""

@@ -133,6 +133,18 @@ def test_compiled_and_exported(device):
     assert torch.ops.fusedact.linear_act.default in [node.target for node in program.graph.nodes]
 
 
+def test_compiled_before_its_first_call_by_name(device):
+    """Nothing that a first eager call leaves behind is needed."""
+    torch._dynamo.reset()
+    register()
+    x, w, b = tensors(device, torch.float32)
+
+    def call(x, w, b):
+        return F.linear(x, w, b, activation="snake") + F.activate(F.linear(x, w, b), "snake")
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(x, w, b), call(x, w, b))
+
+
 @pytest.mark.parametrize(
     ("pair", "message"),
     [

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedact import backend
-from fusedact.activations import Registered, by_name, difference, sample
+from fusedact.activations import Activation, Registered, by_name, difference, sample
 from fusedact.autograd.doors import Op
 
 
@@ -65,6 +65,23 @@ def _checked_pair(entry: Registered, device: torch.device) -> tuple[Any, Any]:
     return value, gradient
 
 
+class _Plan(NamedTuple):
+    """What a launch needs and its tensors' shapes do not tell."""
+
+    elementwise: Any
+    value: Any
+    gradient: Any
+
+
+@functools.lru_cache(4096)
+def _plan_of(entry: Activation, device: torch.device) -> _Plan:
+    from fusedact.kernels import elementwise
+
+    from_output = entry.derivative_from_output is not None
+    gradient = gradient_function(entry.name, device, from_output)
+    return _Plan(elementwise, value_function(entry.name, device), gradient)
+
+
 class _Elementwise(Op):
     """An op that saves its input or its result, whichever stock saves, so that the other may be changed or freed."""
 
@@ -89,11 +106,9 @@ class _Elementwise(Op):
 def _launch(
     x: Tensor, slope: Tensor | None, activation: str, parameters: list[float], save: bool
 ) -> tuple[Tensor, None]:
-    from fusedact.kernels import elementwise
-
-    value = value_function(activation, x.device)
-    y = elementwise.forward(x, value, tuple(parameters), slope, elementwise.tile(x.element_size()))
-    return y, None
+    plan = _plan_of(by_name(activation), x.device)
+    config = plan.elementwise.tile(x.element_size())
+    return plan.elementwise.forward(x, plan.value, tuple(parameters), slope, config), None
 
 
 def _fake(x, slope, activation, parameters, save):
@@ -108,13 +123,9 @@ def _backward(
     parameters: list[float],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    from fusedact.kernels import elementwise
-
-    from_output = by_name(activation).derivative_from_output is not None
-    want_x, want_slope = wanted
-    gradient = gradient_function(activation, saved.device, from_output)
-    config = elementwise.tile(saved.element_size())
-    return elementwise.backward(dy, saved, gradient, tuple(parameters), slope, want_x, want_slope, config)
+    plan = _plan_of(by_name(activation), saved.device)
+    config = plan.elementwise.tile(saved.element_size())
+    return plan.elementwise.backward(dy, saved, plan.gradient, tuple(parameters), slope, *wanted, config)
 
 
 def _backward_fake(dy, saved, slope, activation, parameters, wanted):

@@ -8,6 +8,7 @@ torch.compile, which fuses stock's operations with their neighbours. A backend t
 import inspect
 from collections.abc import Callable
 from inspect import Parameter, Signature
+from itertools import chain, combinations
 from typing import Any, TypeVar, cast
 
 import torch
@@ -50,7 +51,7 @@ def _fused(act: Activation, input: Tensor, values: tuple[float, ...], slope: Ten
         input, slope = checks.cast(input, low), checks.cast(slope, low)
     elif low is not None and not act.low_precision and input.is_cuda:  # not in a CPU's list
         input = checks.cast(input, torch.float32)
-    return autograd.activation(input, slope, act.name, list(values)) if _fits(input, slope) else None
+    return autograd.activation(input, slope, act.name, values) if _fits(input, slope) else None
 
 
 def _worth_a_launch(act: Activation, slope: Tensor | None) -> bool:
@@ -76,28 +77,33 @@ def _ours(stock: _Function) -> _Function:
     act = next(iter(lines.values()))
     alone = act.fused_alone
     signature = _signature(stock, act)
-    keyword_only = [name for name, p in signature.parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
-    positional = [name for name in signature.parameters if name not in keyword_only]
-    required = {name for name, p in signature.parameters.items() if p.default is Parameter.empty}
+    positional = [name for name, p in signature.parameters.items() if p.kind is not Parameter.KEYWORD_ONLY]
+    calls = _calls(signature, positional)
 
     def function(input: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if get_backend() == "triton" or (alone and isinstance(input, Tensor) and input.is_cuda):
-            given = dict(zip(positional, (input, *args), strict=False), **kwargs) if binds(args, kwargs) else {}
-            y = _called(lines, **given) if given else None
+        chosen = get_backend() == "triton" or (alone and isinstance(input, Tensor) and input.is_cuda)
+        if chosen and (len(args), *sorted(kwargs)) in calls:  # where not, torch's function tells what is wrong
+            y = _called(lines, **dict(zip(positional, (input, *args), strict=False), **kwargs))
             if y is not None:
                 return y
         return stock(input, *args, **kwargs) if args or kwargs else stock(input)
-
-    def binds(args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether these are the function's arguments, each once; where not, torch's tells what is wrong."""
-        first = {*positional[: 1 + len(args)]}
-        others = {*positional[1 + len(args) :], *keyword_only}
-        return len(args) < len(positional) and kwargs.keys() <= others and required <= first | kwargs.keys()
 
     function.__name__ = function.__qualname__ = act.name
     function.__doc__ = stock.__doc__
     function.__signature__ = signature  # type: ignore[attr-defined]
     return cast(_Function, function)
+
+
+def _calls(signature: Signature, positional: list[str]) -> frozenset[tuple]:
+    """Every way to call it: the number of arguments after the input, then the names of those given by name."""
+    required = {name for name, p in signature.parameters.items() if p.default is Parameter.empty}
+    calls = set()
+    for count in range(len(positional)):
+        first = set(positional[: 1 + count])
+        others = sorted(signature.parameters.keys() - first)
+        named = chain.from_iterable(combinations(others, n) for n in range(len(others) + 1))
+        calls |= {(count, *names) for names in named if required <= first.union(names)}
+    return frozenset(calls)
 
 
 def _called(
@@ -112,6 +118,8 @@ def _called(
     act = lines.get(approximate) if isinstance(approximate, str) else next(iter(lines.values()))
     if act is None or inplace is not False or act.learned != isinstance(weight, Tensor):
         return None
+    if not numbers:
+        return _fused(act, input, act.default_values, weight)
     if not all(isinstance(number, (int, float)) for number in numbers.values()):
         return None
     return _fused(act, input, act.parameters(numbers), weight)
