@@ -17,7 +17,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 import fusedact
-from bench.turns import table, timed
+from bench.turns import reported, timed
 from fusedact import autograd, backend, functional
 from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, linear, softmax
 
@@ -132,14 +132,9 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def rows(request):
-    """What was timed, and its table at the end."""
-    threads, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    yield found
-    torch.set_num_threads(threads)
     title = f"Attachment without launches, µs of a CPU thread, {TURNS} turns; aims: 1.15 in inference, 1.3 for both"
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        table(title, found, ("op", "phase"))
+    with reported(request, title, ("op", "phase")) as found:
+        yield found
 
 
 def call(function: Callable[..., Tensor], case: Case, phase: str) -> Callable[[], object]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fusedact
-from bench.turns import table, timed
+from bench.turns import reported, timed
 
 TURNS = 400
 
@@ -67,17 +67,9 @@ LAYERS = (
 
 @pytest.fixture(scope="module")
 def rows(request):
-    """What was timed, and its table at the end."""
-    threads, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    yield found
-    torch.set_num_threads(threads)
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        table(
-            f"The fallback, µs of a CPU thread, {TURNS} turns; aim: fusedact / stock at most 1.05",
-            found,
-            ("module", "phase"),
-        )
+    title = f"The fallback, µs of a CPU thread, {TURNS} turns; aim: fusedact / stock at most 1.05"
+    with reported(request, title, ("module", "phase")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("phase", ["forward", "both"])

@@ -3,9 +3,12 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +25,9 @@ class Timing:
     ratio: float
     ratio_low: float  # 20 %
     ratio_high: float  # 80 %
+
+
+Rows = dict[tuple[str, ...], dict[str, Timing]]
 
 
 def timed(calls: dict[str, Call], turns: int) -> dict[str, Timing]:
@@ -57,7 +63,18 @@ def _timing(own: list[float], first: list[float]) -> Timing:
     return Timing(min(own) * 1e6, statistics.median(own) * 1e6, statistics.median(ratios), low, high)
 
 
-def table(title: str, rows: dict[tuple[str, ...], dict[str, Timing]], heads: tuple[str, ...]) -> None:
+@contextmanager
+def reported(request: pytest.FixtureRequest, title: str, heads: tuple[str, ...]) -> Iterator[Rows]:
+    """What is timed meanwhile, on one thread, and its table at the end."""
+    threads, rows = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    yield rows
+    torch.set_num_threads(threads)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        _table(title, rows, heads)
+
+
+def _table(title: str, rows: Rows, heads: tuple[str, ...]) -> None:
     """µs a call of each contender, least and median; and the ratios to the first, the median of turns (20 to 80 %)."""
     shown = Table(*heads, title=title)
     names = list(next(iter(rows.values())))
