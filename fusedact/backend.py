@@ -154,6 +154,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and _float32_precision("cuda", "matmul") == "tf32" else "ieee"
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a loss in that dtype is added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The low precision of the autocast region that x is in, or None outside one."""
     if not torch._C._is_any_autocast_enabled():

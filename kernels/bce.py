@@ -7,14 +7,13 @@ gradients that are wanted. All are read in place, whatever their strides: see `w
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .activations import logsigmoid
 from .tiles import blocks_of, is_last_program, like, log1p, narrow, ordered_sum, sigmoid
 from .walks import load, walks
-from .workspace import cdiv, tickets
+from .workspace import accumulator, cdiv, tickets, wide
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
 
@@ -189,10 +188,6 @@ def _backward_kernel(
 # Launchers
 
 
-def accumulator(x):
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def forward(loss_of, x, target, weight, pos_weight, divisor, config):
     """x and target of one shape; weight and pos_weight, or None, broadcast to it -> loss of that shape. One launch.
 
@@ -205,14 +200,14 @@ def forward(loss_of, x, target, weight, pos_weight, divisor, config):
     programs = min(PROGRAMS, cdiv(n, config.block))
     partial, order = None, None
     if divisor is not None:
-        partial = x.new_empty(programs, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        partial = x.new_empty(programs, dtype=wide(x.dtype))
         order = _order_in_memory(x, target)
     tensors, ways, index = walks(x.shape, x, target, weight, pos_weight, order=order)
     _forward_kernel[(programs,)](
         *tensors, loss, partial, tickets(x.device, 1),
         n, divisor or 1,
         *ways,
-        LOSS=loss_of.value, ACCUMULATOR=accumulator(x), INDEX=index, ALIGNED=math.gcd(n, 16),
+        LOSS=loss_of.value, ACCUMULATOR=accumulator(x.dtype), INDEX=index, ALIGNED=math.gcd(n, 16),
         BLOCK=config.block, MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -238,7 +233,7 @@ def backward(loss_of, dloss, x, target, weight, pos_weight, divisor, want_dx, wa
         *tensors, dx, dtarget,
         n, divisor,
         *ways,
-        INPUT_GRAD=loss_of.input_grad, TARGET_GRAD=loss_of.target_grad, ACCUMULATOR=accumulator(x), INDEX=index,
+        INPUT_GRAD=loss_of.input_grad, TARGET_GRAD=loss_of.target_grad, ACCUMULATOR=accumulator(x.dtype), INDEX=index,
         ALIGNED=math.gcd(n, 16), BLOCK=config.block,
         num_warps=config.num_warps,
     )  # fmt: skip

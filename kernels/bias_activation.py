@@ -8,14 +8,13 @@ partials in the order of the programs, so that the result is the same in every r
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .activations import prelu_slope_grad
 from .linear import slope_stride
 from .tiles import is_last_program, narrow, ordered_sum
-from .workspace import as_arguments, cdiv, power_of_2, tickets
+from .workspace import as_arguments, cdiv, power_of_2, tickets, wide
 
 PROGRAMS = 1024  # enough to fill any chip in view several times
 
@@ -137,7 +136,7 @@ def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config):
     wanted = min(cdiv(M, config.block_m), max(1, PROGRAMS // programs_n))
     rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
     programs_m = cdiv(M, rows)
-    dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
+    dtype = wide(saved.dtype)
     partial = saved.new_empty((2, programs_m, N), dtype=dtype)
     _backward_kernel[programs_n, programs_m](
         dy, saved, slope, dz, db, dslope, partial, tickets(saved.device, programs_n + 1),

@@ -14,16 +14,26 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .tiles import LOG2_E, blocks_of, finite_or_0, narrow, store_reduced, tanh
-from .workspace import around_classes, as_arguments, by_row, cdiv, power_of_2, row_strides, tickets
+from .workspace import (
+    accumulator,
+    around_classes,
+    as_arguments,
+    by_row,
+    cdiv,
+    gradient_block,
+    power_of_2,
+    row_strides,
+    tickets,
+    wide,
+)
 
 WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
 PROGRAMS = 1024  # partial sums that one program can add in one tile
-TILE = 8192  # elements a program takes at once where rows, not classes, follow each other in memory; backward half
+TILE = 8192  # elements a program takes at once where rows, not classes, follow each other in memory
 
 
 class Tile(NamedTuple):
@@ -303,11 +313,11 @@ def _backward_kernel(
     if dloss_ptr is not None:
         dloss_ptrs = dloss_ptr + a * stride_dloss_a + b * stride_dloss_b
         dloss = tl.load(dloss_ptrs, mask=mask_b, other=0.0).to(ACCUMULATOR)
-    if total_ptr is not None:
-        dloss = dloss / tl.load(total_ptr)
-    if sample_weight_ptr is not None:
-        sample_ptrs = sample_weight_ptr + a * stride_sa + b * stride_sb
-        dloss = dloss * tl.load(sample_ptrs, mask=mask_b, other=0.0).to(ACCUMULATOR)
+        if total_ptr is not None:
+            dloss = dloss / tl.load(total_ptr)
+        if sample_weight_ptr is not None:
+            sample_ptrs = sample_weight_ptr + a * stride_sa + b * stride_sb
+            dloss = dloss * tl.load(sample_ptrs, mask=mask_b, other=0.0).to(ACCUMULATOR)
 
     x = _logits(x_ptr + a * stride_xa + b[:, None] * stride_xb + cols[None, :] * stride_xc, mask, softcap, ACCUMULATOR)
     p = tl.exp2((x - base[:, None]) * LOG2_E) / s[:, None]
@@ -398,7 +408,7 @@ def forward(
     """
     probabilities = target.is_floating_point()
     rows_shape = (*x.shape[: min(1, x.dim() - 1)], *x.shape[2:])
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide(x.dtype)
     reduced = reduction != "none"
     x = around_classes(x)
     A, C, B = x.shape
@@ -419,7 +429,7 @@ def forward(
         0 if weight is None else weight.stride(0), *sample_strides,
         ignore_index, _numbers(x.dtype, smoothing, z_loss, softcap),
         MEAN=reduction == "mean", PROBABILITIES=probabilities,
-        ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
+        ACCUMULATOR=accumulator(dtype),
         ALIGNED=_alignment(x, *[target] * probabilities), ROWS=config.rows, CHUNKS=config.chunks, LANES=config.lanes,
         MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
@@ -442,8 +452,7 @@ def backward(
     after = rows_after(x)
     x, gradient = around_classes(x), around_classes(dx if want_dx else dtarget)
     A, C, B = x.shape
-    rows = min(64, power_of_2(after)) if after > 1 else max(1, TILE // 2 // power_of_2(C))
-    lanes = min(power_of_2(C), TILE // 2 // rows)
+    rows, lanes = gradient_block(C, after)
     probabilities = target.is_floating_point()
     target, target_strides = _target(target, A, B)
     (dloss, dloss_strides), (dlse, dlse_strides), (sample_weight, sample_strides) = (

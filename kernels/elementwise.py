@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .activations import prelu_slope_grad
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
-from .workspace import as_arguments, cdiv, collapse, power_of_2, tickets
+from .workspace import accumulator, as_arguments, cdiv, collapse, power_of_2, tickets, wide
 
 PROGRAMS = 1024  # that share a slope's gradient: enough to fill any chip in view several times
 
@@ -205,7 +205,7 @@ def _block(sizes, even, elements):
     """Rows of what comes after the channel, unless some tensor is not contiguous along it: then nearer to a square."""
     before, channel, after = map(power_of_2, sizes)
     block_a = min(after, 512 if even else 64)
-    block_c = min(channel, max(128 // block_a, 1 if even else 32))
+    block_c = min(channel, max(128 // block_a, 1 if even else 32), elements // block_a)
     block_b = min(before, elements // (block_a * block_c))
     block_a = min(after, elements // (block_b * block_c))
     return block_b, block_c, block_a
@@ -218,10 +218,6 @@ def _walkable(result, inputs, slope, elements):
         inputs = [t.new_empty_strided(t.shape, result.stride()).copy_(t) for t in inputs]
         found = walk(result, inputs, slope, elements)
     return found, inputs
-
-
-def _accumulator(x):
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def _slope_stride(slope):
@@ -240,7 +236,7 @@ def forward(x, act, params, slope, config):
         *plan.sizes,
         *y_strides, *x_strides, _slope_stride(slope),
         as_arguments(params, x.dtype),
-        ACT=act, ACCUMULATOR=_accumulator(x),
+        ACT=act, ACCUMULATOR=accumulator(x.dtype),
         BLOCK_B=plan.block[0], BLOCK_C=plan.block[1], BLOCK_A=plan.block[2],
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -262,7 +258,7 @@ def backward(dy, saved, act_grad, params, slope, want_dx, want_dslope, config):
     if want_dslope:
         per_program = cdiv(shares, max(1, PROGRAMS // blocks_c))
         shares = cdiv(shares, per_program)
-        dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
+        dtype = wide(saved.dtype)
         partial = saved.new_empty((shares, blocks_c if one_slope else plan.sizes[1]), dtype=dtype)
     dx_strides, dy_strides, saved_strides = plan.strides
     _backward_kernel[(blocks_c * shares,)](
@@ -270,7 +266,7 @@ def backward(dy, saved, act_grad, params, slope, want_dx, want_dslope, config):
         *plan.sizes, per_program,
         *dx_strides, *dy_strides, *saved_strides, _slope_stride(slope),
         as_arguments(params, saved.dtype),
-        ACT_GRAD=act_grad, ACCUMULATOR=_accumulator(saved), ONE_SLOPE=one_slope,
+        ACT_GRAD=act_grad, ACCUMULATOR=accumulator(saved.dtype), ONE_SLOPE=one_slope,
         BLOCK_B=plan.block[0], BLOCK_C=plan.block[1], BLOCK_A=plan.block[2],
         SUM_ROWS=1024 // plan.block[1],
         num_warps=config.num_warps,

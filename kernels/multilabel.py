@@ -14,7 +14,7 @@ import triton.language as tl
 from . import bce
 from .tiles import log1p, narrow
 from .walks import load, walks
-from .workspace import cdiv, power_of_2
+from .workspace import accumulator, cdiv, power_of_2
 
 
 class Tile(NamedTuple):
@@ -107,7 +107,7 @@ def forward_rows(x, target, weight, config):
         *tensors, loss,
         N, C,
         *ways,
-        ACCUMULATOR=bce.accumulator(x), INDEX=index, ALIGNED=math.gcd(C, 16),
+        ACCUMULATOR=accumulator(x.dtype), INDEX=index, ALIGNED=math.gcd(C, 16),
         ROWS=config.rows, LANES=config.lanes,
         num_warps=config.num_warps,
     )  # fmt: skip

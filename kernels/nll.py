@@ -6,15 +6,13 @@ number a row, and reads no log-probability: 1u in one launch, where a unit u is 
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .tiles import blocks_of, narrow, store_reduced
-from .workspace import around_classes, by_row, cdiv, power_of_2, row_strides, tickets
+from .workspace import accumulator, around_classes, by_row, cdiv, gradient_block, row_strides, tickets, wide
 
 PROGRAMS = 1024  # partial sums that one program can add in one tile
-BACKWARD_ELEMENTS = 4096  # of a program's tile
 
 
 class Tile(NamedTuple):
@@ -126,17 +124,13 @@ def _backward_kernel(
     tl.store(dlogp_ptrs, narrow(dlogp, dlogp_ptr.dtype.element_ty), mask=mask)
 
 
-def _accumulator(x):
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def forward(logp, target, weight, ignore_index, reduction, config):
     """logp (C), (N, C) or (N, C, d1, ...), target int64 as logp without C -> loss and what a mean divides by (1,).
 
     loss () or as target; the divisor is None where nothing is reduced. One launch.
     """
     reduced = reduction != "none"
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    dtype = wide(logp.dtype)
     loss = logp.new_empty(() if reduced else target.shape)
     total = logp.new_empty(1, dtype=dtype) if reduced else None
     if target.numel() == 0:
@@ -151,7 +145,7 @@ def forward(logp, target, weight, ignore_index, reduction, config):
         A, B, C,
         *row_strides(x), *target_strides, 0 if weight is None else weight.stride(0),
         ignore_index,
-        MEAN=reduction == "mean", ACCUMULATOR=_accumulator(x),
+        MEAN=reduction == "mean", ACCUMULATOR=accumulator(x.dtype),
         BLOCK=config.block, MAX_PROGRAMS=PROGRAMS,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -166,14 +160,13 @@ def backward(dloss, logp, target, weight, total, ignore_index):
     x = around_classes(dlogp)
     A, C, B = x.shape
     (dloss, dloss_strides), (target, target_strides) = by_row(dloss, A, B), by_row(target, A, B)
-    rows = max(1, BACKWARD_ELEMENTS // power_of_2(C)) if x.stride(1) == 1 else min(BACKWARD_ELEMENTS, power_of_2(B))
-    lanes = min(power_of_2(C), BACKWARD_ELEMENTS // rows)
+    rows, lanes = gradient_block(C, 1 if x.stride(1) == 1 else B)
     _backward_kernel[A * cdiv(B, rows), cdiv(C, lanes)](
         dloss, target, weight, total, dlogp,
         A, B, C,
         *dloss_strides, *target_strides, 0 if weight is None else weight.stride(0), *row_strides(x),
         ignore_index,
-        ACCUMULATOR=_accumulator(logp), ROWS=rows, LANES=lanes,
+        ACCUMULATOR=accumulator(logp.dtype), ROWS=rows, LANES=lanes,
         num_warps=4,
     )  # fmt: skip
     return dlogp

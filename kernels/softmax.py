@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .tiles import LOG2_E, blocks_of, narrow
-from .workspace import cdiv, collapse, power_of_2
+from .workspace import accumulator, cdiv, collapse, power_of_2
 
 IN_REGISTERS = {4: 32768, 8: 4096}  # elements of a program's tensors, by the accumulator's bytes
 LINE = 128  # bytes, which a program reads along the rows at least, where they are what is contiguous
@@ -307,7 +307,7 @@ def _launch(kernel, tensors, dim, dtype, log, negate, config):
     kernel[(walk.outer * cdiv(walk.rows, config.rows),)](
         *tensors,
         walk.classes, walk.rows, walk.size_1, *walk.strides,
-        LOG=log, NEGATE=negate, ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
+        LOG=log, NEGATE=negate, ACCUMULATOR=accumulator(dtype),
         ONLINE=config.lanes < walk.classes, ALONG_CLASSES=walk.along_classes, ALIGNED=walk.aligned,
         ROWS=config.rows, LANES=config.lanes,
         num_warps=config.num_warps,

@@ -9,6 +9,8 @@ from threading import Lock
 import torch
 import triton.language as tl
 
+GRADIENT_BLOCK = 4096  # elements
+
 _HELD: dict[tuple[torch.device, int], torch.Tensor] = {}
 _SPARE: dict[torch.device, torch.Tensor] = {}  # zeros for the launches of CUDA graphs, 256 KB
 _LOCK = Lock()
@@ -27,6 +29,26 @@ def power_of_2(n: int) -> int:
 def as_arguments(params, dtype):
     """Triton passes a float as float32: a float64 kernel is compiled for its parameters instead."""
     return tuple(map(tl.constexpr, params)) if dtype == torch.float64 else tuple(params)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of that dtype are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The same, as a kernel names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def gradient_block(C: int, after: int) -> tuple[int, int]:
+    """Rows and classes that a program writes the gradient of; after: how many rows follow each other in memory.
+
+    Classes are the grid's second dimension, which ends at 65,535.
+    """
+    most = max(1, GRADIENT_BLOCK // power_of_2(cdiv(C, 2**16 - 1)))
+    rows = min(64, power_of_2(after), most) if after > 1 else max(1, GRADIENT_BLOCK // power_of_2(C))
+    return rows, min(power_of_2(C), GRADIENT_BLOCK // rows)
 
 
 def around(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -250,6 +250,8 @@ def test_calls_that_torch_takes(call, backend, device):
         lambda f, x: f.threshold(x, 0.5),
         lambda f, x: f.gelu(x, "tanh"),
         lambda f, x: f.gelu(x, approximate="x"),
+        lambda f, x: f.gelu(x, approximate=None),
+        lambda f, x: f.gelu(x, approximate=5),
         lambda f, x: f.gelu(x.long()),
         lambda f, x: f.leaky_relu(x, "steep"),
         lambda f, x: f.hardtanh(x, 2.0, 1.0),

@@ -193,6 +193,35 @@ def test_ignored_rows_have_a_log_sum_exp_and_no_loss(device):
     torch.testing.assert_close(grad, logits.softmax(1))
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_log_sum_exp_has_its_gradient_where_the_loss_counts_nothing(backend, device):
+    logits, target = (
+        torch.randn(3, 4, device=device, requires_grad=True),
+        torch.zeros(3, dtype=torch.int64, device=device),
+    )
+    with fusedact.use_backend(backend):
+        _, lse = F.cross_entropy(logits, target, sample_weight=torch.zeros(3, device=device), return_lse=True)
+    torch.testing.assert_close(torch.autograd.grad(lse.sum(), logits)[0], logits.softmax(1))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_nan_that_weighs_an_ignored_row_is_ignored(backend, device):
+    logits, target = torch.randn(3, 4, device=device), torch.tensor([1, -100, 2], device=device)
+    weight = torch.tensor([0.5, math.nan, 2.0], device=device)
+    truth = (stock.cross_entropy(logits, target, reduction="none")[::2] * weight[::2]).sum() / 2.5
+    with fusedact.use_backend(backend):
+        torch.testing.assert_close(F.cross_entropy(logits, target, sample_weight=weight), truth)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 5.0}, {"return_lse": True}], ids=str)
+def test_autocast_widens_the_extensions_too(options, backend, device):
+    logits, target = torch.randn(3, 4, device=device).bfloat16(), torch.zeros(3, dtype=torch.int64, device=device)
+    with fusedact.use_backend(backend), torch.autocast(device, torch.bfloat16):
+        value = F.cross_entropy(logits, target, **options)
+    assert {t.dtype for t in (value if isinstance(value, tuple) else (value,))} == {torch.float32}
+
+
 def test_a_nan_in_an_ignored_row_is_ignored_with_z_loss(device):
     logits = torch.tensor([[math.nan, 0.0], [1.0, 2.0]], device=device, requires_grad=True)
     target = torch.tensor([-100, 1], device=device)

@@ -1,6 +1,7 @@
 """Activations alone and PReLU at any rank, through their kernels, against float64 PyTorch."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -311,6 +312,20 @@ def test_any_shape_and_strides(data, slopes, dtype, device, as_accurate_as_torch
     count = x.shape[1] if slopes == "each" and x.dim() > 1 else 1
     slope = torch.linspace(0.1, 0.4, count, dtype=dtype, device=device)
     check("mish" if slopes is None else "prelu", x, dy, as_accurate_as_torch, None if slopes is None else slope)
+
+
+def test_blocks_of_every_shape():
+    """None is empty, and none more than a program takes."""
+    sizes = [1, 2, 5, 17, 32, 33, 64, 129, 513, 5000]
+    for elements, even, *shape in itertools.product([1024, 2048], [True, False], sizes, sizes, sizes):
+        block = elementwise._block(tuple(shape), even, elements)
+        assert min(block) >= 1 and math.prod(block) <= elements, (shape, even, block)
+
+
+def test_a_gradient_of_other_strides_in_float64(device, as_accurate_as_torch):
+    x, dy = draw(2, 32, 64, dtype=torch.float64, device=device), draw(2, 64, 32, dtype=torch.float64, seed=1)
+    slope = torch.linspace(0.1, 0.4, 32, dtype=torch.float64, device=device)
+    check("prelu", x, dy.to(device).transpose(1, 2), as_accurate_as_torch, slope)
 
 
 def test_offsets_beyond_two_to_the_31(far_rows):

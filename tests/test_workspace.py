@@ -1,4 +1,4 @@
-"""The counters: zero when handed out, one block per stream, a captured launch's own for all its replays."""
+"""The counters: zero when handed out, one block per stream, a captured launch's own for all its replays. Blocks."""
 
 from itertools import pairwise
 
@@ -16,6 +16,14 @@ def test_a_stream_keeps_its_block_until_a_launch_needs_a_larger_one(device):
     grown = workspace.tickets(device, 5000)
     assert grown.numel() == 5000 and not grown.any()
     assert workspace.tickets(device, 1).data_ptr() == grown.data_ptr()
+
+
+@pytest.mark.parametrize("after", [1, 3, 64, 4096, 2**20])
+@pytest.mark.parametrize("C", [1, 2, 10, 1000, 70_000, 128_256, 256_000, 2**22 - 1, 2**27])
+def test_a_gradients_grid_is_one_that_cuda_takes(C, after):
+    rows, lanes = workspace.gradient_block(C, after)
+    assert rows * lanes <= workspace.GRADIENT_BLOCK
+    assert workspace.cdiv(C, lanes) < 2**16  # the grid's second dimension
 
 
 def test_captured_launches_share_no_counter(monkeypatch, device):

@@ -8,10 +8,6 @@ from fusedact import backend
 from fusedact.autograd.doors import Op
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _launch(
     logits: Tensor,
     target: Tensor,
@@ -43,7 +39,7 @@ def _fake(
     logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, save
 ):
     rows = logits.select(min(1, logits.dim() - 1), 0)
-    wide = _wide(logits.dtype)
+    wide = backend.wide(logits.dtype)
     reduced = reduction != "none"
     numbers = 3 if target.is_floating_point() or weight is not None else 2
     return (
@@ -119,7 +115,7 @@ def cross_entropy_formula(
             label_smoothing=label_smoothing,
         )
     dim = min(1, logits.dim() - 1)
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(backend.wide(logits.dtype))
     if softcap:
         x = softcap * torch.tanh(x / softcap)
     probabilities = target.is_floating_point()
@@ -138,6 +134,7 @@ def cross_entropy_formula(
     if z_loss:
         loss = loss + z_loss * x.masked_fill(ignored.unsqueeze(dim), 0).logsumexp(dim).square() * ~ignored
     if sample_weight is not None:
+        sample_weight = sample_weight.masked_fill(ignored, 0)
         loss, divisor = loss * sample_weight, divisor * sample_weight
     if reduction != "none":
         loss = loss.sum()

@@ -1,9 +1,9 @@
 """NLL of a class index on log-probabilities. Saves, by reference, what it was given and, for a mean, its divisor."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedact import backend
 from fusedact.autograd.doors import Op
 
 
@@ -18,8 +18,7 @@ def _launch(
 def _fake(logp, target, weight, ignore_index, reduction, save):
     if reduction == "none":
         return logp.new_empty(target.shape), None
-    wide = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    return logp.new_empty(()), logp.new_empty(1, dtype=wide)
+    return logp.new_empty(()), logp.new_empty(1, dtype=backend.wide(logp.dtype))
 
 
 def _backward(

@@ -111,18 +111,18 @@ def _called(
     input: Any,
     weight: Any = None,
     inplace: Any = False,
-    approximate: Any = None,
-    **numbers: Any,
+    **others: Any,
 ) -> Tensor | None:
     """The line's activation in one launch, or None where torch's function is to answer."""
-    act = lines.get(approximate) if isinstance(approximate, str) else next(iter(lines.values()))
+    approximate = others.pop("approximate", next(iter(lines)))
+    act = lines.get(approximate) if approximate is None or isinstance(approximate, str) else None
     if act is None or inplace is not False or act.learned != isinstance(weight, Tensor):
         return None
-    if not numbers:
+    if not others:
         return _fused(act, input, act.default_values, weight)
-    if not all(isinstance(number, (int, float)) for number in numbers.values()):
+    if not all(isinstance(number, (int, float)) for number in others.values()):
         return None
-    return _fused(act, input, act.parameters(numbers), weight)
+    return _fused(act, input, act.parameters(others), weight)
 
 
 def _signature(stock: Callable[..., Tensor], act: Activation) -> Signature:

@@ -58,7 +58,7 @@ def cross_entropy(
     if extended:
         _check_extensions(input, z_loss, softcap, sample_weight)
     fused = on_triton(input, target, weight, sample_weight)
-    if fused and backend.autocast_dtype(input) is not None:
+    if (fused or extended) and backend.autocast_dtype(input) is not None:
         input, target = cast(input, torch.float32), cast(target, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
     fused = fused and _class_loss_fits(input, target, weight, ignore_index) and 0.0 <= label_smoothing <= 1.0
