@@ -1,4 +1,4 @@
-"""Device helpers that two kernels share: transcendental functions, tile order, the last program to finish.
+"""Device helpers that two kernels share: transcendental functions, tile order, the last program, the grid barrier.
 
 The functions are written from `tl` primitives, which run alike in the interpreter, on NVIDIA and on AMD.
 """
@@ -129,6 +129,23 @@ def is_last_program(ticket_ptr, programs):
     if last:
         tl.store(ticket_ptr, 0)
     return last
+
+
+@triton.jit
+def grid_barrier(counter_ptr, target, polls):
+    """Waits until `target` programs have arrived in all; False where that takes more than so many polls.
+
+    counter_ptr: a number that is 0 at the launch; of a launch's n-th barrier the target is n times its programs, which
+    must all run at once. What any program stored before it, each sees after it.
+    """
+    tl.debug_barrier()  # every warp's stores before the release
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while (arrived < target) & (polls > 0):
+        arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        polls -= 1
+    tl.debug_barrier()
+    return arrived >= target
 
 
 @triton.jit
