@@ -107,13 +107,13 @@ def measure_step(step: Step, device: torch.device, effort: Effort) -> dict:
     """Twenty steps whose costs must agree, then the time of a step on stock and on fused layers."""
     torch.set_float32_matmul_precision("highest")
     kind = TRAINERS[step.trainer]
-    settings = replace(kind.defaults, device=str(device))
+    settings = replace(kind.defaults, device=str(device), engine="loop")
     trainers = {
         "stock": kind(LAYERS["stock"], settings),
         "fusedact": kind(LAYERS["fused"], settings),
     }
-    x, y = trainers["stock"].shuffled(trainers["stock"].x, trainers["stock"].y, settings.batch_size)
-    batches = list(zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True))
+    x, y = trainers["stock"].x, trainers["stock"].y
+    batches = [(x[rows], y[rows]) for rows in trainers["stock"].visited(len(x)).to(device).split(settings.batch_size)]
     costs = {
         name: [trainer.step(*batch).item() for batch in islice(cycle(batches), 20)]
         for name, trainer in trainers.items()

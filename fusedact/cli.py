@@ -1,17 +1,13 @@
 """`fusedact train | compare | info`."""
 
-import csv
 import importlib.metadata
 import inspect
-import io
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,12 +25,15 @@ from rich.table import Table
 from torch import Tensor
 
 import fusedact
-from fusedact import plotting
 from fusedact.backend import uses_triton
-from fusedact.data import write_whole
-from fusedact.trainers import LAYERS, TRAINERS, Epoch, Trainer, save_checkpoint
+from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
+from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
+from fusedact.trainers.runs import train as runs_in_turn
+from fusedact.trainers.sweep import EPOCHS as SWEPT_EPOCHS
+from fusedact.trainers.sweep import save_sweep, sweep_xor
 
-SAVE_EVERY = 10.0  # seconds, so that a killed run leaves something
+COMPARED = {"tutorial": ("stock", "tutorial"), "stock": ("stock", "loop"), "fused": ("fused", "loop")}
+SWEPT = 1000  # seeds
 MOST_ROWS = 20  # of epochs in a table; of longer runs it shows the first and every tenth part
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -100,6 +99,10 @@ def _folder(path: str) -> Path:
 
 
 Name = Annotated[Any, typer.Argument(parser=_trainer, metavar="NAME", help=" | ".join(TRAINERS))]
+Engine = Annotated[
+    Literal["auto", "persistent", "graph", "steps", "loop", "tutorial"],
+    typer.Option(help="What trains: auto for the fastest that can, tutorial for its own loop and data loader."),
+]
 Layers = Annotated[Literal["stock", "fused"], typer.Option(help="torch.nn's or fusedact.nn's.")]
 OPTIONS = {  # of both commands: the fields of Settings that a user may give
     "epochs": Annotated[int | None, typer.Option(min=1, help="The tutorial's, as the next three, if not given.")],
@@ -113,6 +116,12 @@ OPTIONS = {  # of both commands: the fields of Settings that a user may give
     "data": Annotated[Path | None, typer.Option(help="MNIST: a folder of IDX files. Others: a CSV, made if absent.")],
     "download": Annotated[
         bool | None, typer.Option("--download", help="Fetch MNIST, once, into the user's cache folder.")
+    ],
+    "standardize": Annotated[
+        bool | None, typer.Option("--standardize", help="binary: inputs of mean 0 and deviation 1.")
+    ],
+    "logits": Annotated[
+        bool | None, typer.Option("--logits", help="binary: BCE on logits in place of Sigmoid and BCELoss.")
     ],
     "raw_pixels": Annotated[
         bool | None, typer.Option("--raw-pixels", help="Test MNIST on 0..255, as the tutorial does.")
@@ -128,30 +137,14 @@ Device = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU; two stall on networks as small as these.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, metavar="EPOCHS", help="How often to save; every ten seconds if not given.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help=f"xor: how often it learns, of {SWEPT:,} initializations at each of some rates.")
+]
 Out = Annotated[Any, typer.Option(parser=_folder, metavar="DIR", help="For the curve, metrics and parameters.")]
-
-
-@dataclass
-class Run:
-    """A trainer under way: its epochs so far, and its parameters after the last whole one."""
-
-    trainer: Trainer
-    epochs: list[Epoch] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, epoch: Epoch) -> None:
-        self.epochs.append(epoch)
-        self.state = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
-
-    @property
-    def step_microseconds(self) -> tuple[float, float, float]:
-        """Median over the epochs, with the 20 and 80 % points."""
-        times = [1e6 * epoch.step_seconds for epoch in self.epochs]
-        points = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times
-        return median(times), points[0], points[-1]
-
-
-Runs = dict[str, Run]  # by the name of their layers
 
 
 def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -172,25 +165,50 @@ def train(
     trainer: Name,
     *,
     layers: Layers = "fused",
+    engine: Engine = "auto",
     device: Device,
     threads: Threads = 1,
     out: Out = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     **options: Any,
 ) -> None:
     """Run a tutorial's program and print what it prints."""
-    runs = _prepare(trainer, [layers], threads, device=device, **options)
-    paths = _train(runs, out)
+    if out is None and (resume or checkpoint_every):
+        raise typer.BadParameter("--checkpoint-every and --resume need --out, where checkpoints are")
+    runs = _prepare(trainer, {layers: (layers, engine)}, threads, checkpoint_every, device=device, **options)
+    paths = _train(runs, out, checkpoint_every, resume)
     print(runs[layers].trainer.evaluate().text, *paths, sep="\n")
 
 
 @app.command()
 @_takes_options
-def compare(trainer: Name, *, device: Device, threads: Threads = 1, out: Out = None, **options: Any) -> None:
-    """Run a tutorial's program on stock and on fused layers, an epoch of each in turn, and tabulate them."""
+def compare(
+    trainer: Name,
+    *,
+    engine: Engine = "auto",
+    device: Device,
+    threads: Threads = 1,
+    out: Out = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
+    sweep: Sweep = False,
+    **options: Any,
+) -> None:
+    """Run a tutorial's program four ways in turn, from one seed, and tabulate them.
+
+    tutorial: its own loop and data loader; stock: torch.nn's layers on rows that are on the device; fused: ours;
+    fit: torch.nn's through fusedact.fit.
+    """
     out = out or _folder(f"runs/{trainer.name}")
-    runs = _prepare(trainer, list(LAYERS), threads, device=device, **options)
-    paths = _train(runs, out)
+    if sweep:
+        _sweep(trainer, out, device, threads, options["epochs"])
+        return
+    runs = _prepare(trainer, COMPARED | {"fit": ("stock", engine)}, threads, checkpoint_every, device=device, **options)
+    paths = _train(runs, out, checkpoint_every, resume)
     console.print(_table(runs))
+    if trainer is Binary:
+        console.print(_loss_table(runs["fit"].trainer.settings))
     print(*paths, sep="\n")
 
 
@@ -210,17 +228,26 @@ def info() -> None:
         print(f"{device:10} {hardware}, {_implementation(torch.empty(0, device=device))}")
 
 
-def _prepare(trainer: type[Trainer], layers: list[str], threads: int, **options: Any) -> Runs:
-    """A run on each of the layers, with its trainer's defaults where an option is None."""
+def _prepare(
+    trainer: type[Trainer], ways: dict[str, tuple[str, str]], threads: int, every: int | None, **options: Any
+) -> Runs:
+    """A run of each of the ways, which are layers and engine; its trainer's defaults where an option is None."""
     settings = replace(trainer.defaults, **{name: value for name, value in options.items() if value is not None})
     torch.set_num_threads(threads)
     try:
-        runs = {name: Run(trainer(LAYERS[name], settings)) for name in layers}
+        runs = {
+            label: Run(trainer(LAYERS[layers], replace(settings, engine=engine)), every)
+            for label, (layers, engine) in ways.items()
+        }
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    x, source = runs[layers[0]].trainer.x, runs[layers[0]].trainer.source
-    where = f"cpu, torch threads: {torch.get_num_threads()}" if x.device.type == "cpu" else str(x.device)
-    print(f"{trainer.name} on {' and '.join(layers)} layers; {where}; {_implementation(x)}; {source}")
+    first, *_, last = [run.trainer for run in runs.values()] * 2
+    where = f"cpu, torch threads: {torch.get_num_threads()}" if first.x.device.type == "cpu" else str(first.x.device)
+    what = f"{next(iter(runs))} layers" if len(runs) == 1 else ", ".join(runs)
+    print(
+        f"{trainer.name}: {what}; {where}; {_implementation(first.x)}; engine {last.engine} ({last.reason}); "
+        f"{first.source}"
+    )
     return runs
 
 
@@ -232,68 +259,102 @@ def _implementation(x: Tensor) -> str:
     return f"fused layers run {kind}"
 
 
-def _train(runs: Runs, out: Path | None) -> list[Path]:
-    """Trains an epoch of each in turn; what is done is saved now and then, at the end, and on Ctrl-C."""
+def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> list[Path]:
+    """Trains all in turn behind a bar; what is done is saved on Ctrl-C and on a fault too."""
     trainers = [run.trainer for run in runs.values()]
-    saved = time.monotonic()
-    try:
-        with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(trainers[0].name, total=trainers[0].settings.epochs, cost="")
-            for epochs in zip(*(trainer.epochs() for trainer in trainers), strict=True):
-                for run, epoch in zip(runs.values(), epochs, strict=True):
-                    run.add(epoch)
-                progress.update(bar, advance=1, cost=f"cost {epochs[-1].cost:.4g}")
-                if len(runs) == 1 and (lines := trainers[0].report(epochs[0])):
-                    print(lines)
-                if time.monotonic() > saved + SAVE_EVERY:
-                    _save(runs, out)
-                    saved = time.monotonic()
-    except KeyboardInterrupt:
-        print(*_save(runs, out), sep="\n")
-        raise typer.Exit(130) from None
-    return _save(runs, out)
+    if resume and out:
+        _resume(runs, out)
+    with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
+        total = sum(trainer.settings.epochs for trainer in trainers)
+        bar = progress.add_task(trainers[0].name, total=total, cost="")
+
+        def show(run: Run, some: list[Epoch]) -> None:
+            done = sum(trainer.done for trainer in trainers)
+            progress.update(bar, completed=done, cost=f"cost {some[-1].cost:.4g}")
+            if len(runs) == 1 and (lines := run.trainer.report(some[-1])):
+                print(lines)
+
+        try:
+            return runs_in_turn(runs, out, every, show)
+        except KeyboardInterrupt:
+            print(*save(runs, out), sep="\n")
+            raise typer.Exit(130) from None
+        except FloatingPointError as fault:
+            save(runs, out)
+            raise typer.BadParameter(str(fault)) from fault
 
 
-def _save(runs: Runs, out: Path | None) -> list[Path]:
-    """Writes the curves, metrics and parameters of the whole epochs so far; returns where they are."""
-    done = {layers: run for layers, run in runs.items() if run.epochs}
-    if out is None or not done:
-        return []
-    name = next(iter(done.values())).trainer.name
-    costs = {layers: [epoch.cost for epoch in run.epochs] for layers, run in done.items()}
-    picture, metrics = out / f"{name}.png", out / f"{name}.csv"
-    write_whole(picture, plotting.png(plotting.training_curves(costs, name)))
-    write_whole(metrics, _metrics(done))
-    checkpoints = {out / f"{name}-{layers}.pt": run.state for layers, run in done.items()}
-    for path, state in checkpoints.items():
-        save_checkpoint(path, state)
-    return [picture, metrics, *checkpoints]
+def _resume(runs: Runs, out: Path) -> None:
+    for label, run in runs.items():
+        try:
+            run.resume(checkpoint_path(out, run.trainer.name, label))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
 
 
-def _metrics(runs: Runs) -> bytes:
-    """A CSV with a line for each epoch of each run."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["layers", "epoch", "cost", "step_seconds"])
-    for layers, run in runs.items():
-        table.writerows([layers, epoch.number, epoch.cost, epoch.step_seconds] for epoch in run.epochs)
-    return text.getvalue().encode()
+def _sweep(trainer: type[Trainer], out: Path, device: str, threads: int, epochs: int | None) -> None:
+    if trainer is not Xor:
+        raise typer.BadParameter(f"--sweep is xor's, not {trainer.name}'s")
+    torch.set_num_threads(threads)
+    with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("sweep", total=epochs or SWEPT_EPOCHS, cost="")
+        swept = sweep_xor(
+            SWEPT,
+            epochs=epochs or SWEPT_EPOCHS,
+            device=device,
+            progress=lambda done: progress.update(bar, completed=done),
+        )
+    shown = sorted({round(len(swept.epochs) * i / 4) - 1 for i in range(1, 5)})
+    table = Table("lr", *(f"by epoch {swept.epochs[look]:,}" for look in shown))
+    table.title = f"share of {SWEPT:,} initializations that have learned XOR ({swept.engine})"
+    for lr, shares in zip(swept.lrs, swept.shares.tolist(), strict=True):
+        table.add_row(f"{lr:g}", *(f"{shares[look]:.1%}" for look in shown))
+    console.print(table)
+    print(*save_sweep(swept, out), sep="\n")
 
 
 def _table(runs: Runs) -> Table:
-    """Cost by epoch, accuracy and time of stock and fused layers, and the ratio of each."""
+    """Cost by epoch, accuracy and time of each way, and how they compare with the tutorial and with stock layers."""
     last = len(runs["stock"].epochs)
     shown = range(1, last + 1) if last <= MOST_ROWS else sorted({1, *(last * i // 10 for i in range(1, 11))})
-    rows = [(f"cost, epoch {n}", "{:.6f}", [run.epochs[n - 1].cost for run in runs.values()]) for n in shown]
-    rows.append(("accuracy", "{:.4f}", [run.trainer.evaluate().accuracy for run in runs.values()]))
-    table = Table("", *runs, "stock / fused")
+    table = Table("", *(f"{name}, {run.trainer.engine}" if name == "fit" else name for name, run in runs.items()))
     for column in table.columns[1:]:
         column.justify = "right"
-    for label, form, (stock, fused) in rows:
-        table.add_row(label, form.format(stock), form.format(fused), f"{stock / fused:.4f}" if fused else "")
-    times = {layers: run.step_microseconds for layers, run in runs.items()}
-    stock, fused = (middle for middle, _, _ in times.values())
-    table.add_row("time a step", f"{stock:,.1f} µs", f"{fused:,.1f} µs", f"{stock / fused:.4f}")
-    spread = ", ".join(f"{layers} {low:,.1f} to {high:,.1f}" for layers, (_, low, high) in times.items())
-    table.caption = f"time: median epoch; 20 to 80 %: {spread} µs"
+
+    def row(label: str, form: str, values: Iterable[float]) -> None:
+        table.add_row(label, *(form.format(value) for value in values))
+
+    for n in shown:
+        row(f"cost, epoch {n}", "{:.6f}", [run.epochs[n - 1].cost for run in runs.values()])
+    stock = [epoch.cost for epoch in runs["stock"].epochs]
+    row("farthest from stock", "{:.1e}", [_farthest([e.cost for e in run.epochs], stock) for run in runs.values()])
+    row("accuracy", "{:.4f}", [run.trainer.evaluate().accuracy for run in runs.values()])
+    times = {name: run.step_microseconds for name, run in runs.items()}
+    row("time a step, µs", "{:,.1f}", [middle for middle, _, _ in times.values()])
+    row("20 to 80 %, from", "{:,.1f}", [low for _, low, _ in times.values()])
+    row("to", "{:,.1f}", [high for _, _, high in times.values()])
+    for base in ("tutorial", "stock"):
+        row(f"{base} / this", "{:.2f}", [times[base][0] / middle for middle, _, _ in times.values()])
+    return table
+
+
+def _farthest(costs: list[float], others: list[float]) -> float:
+    """The greatest relative difference."""
+    return max(abs(a - b) / (abs(b) or 1.0) for a, b in zip(costs, others, strict=True))
+
+
+def _loss_table(settings: Settings) -> Table:
+    """What fusing the loss, and then scaling the inputs, does to S1 from the same initialization."""
+    ways = {
+        "Sigmoid, then BCELoss: the tutorial's": (False, False),
+        "BCE on logits: the fused loss": (True, False),
+        "BCE on logits, standardized inputs": (True, True),
+    }
+    table = Table("the same layer, from the same weights", "cost at the end", "validation accuracy")
+    table.title = "What fusing the loss does"
+    table.caption = "No plane divides the rule's rows from the rest; standardized, training finds about the best one."
+    for label, (logits, standardize) in ways.items():
+        trainer = Binary(LAYERS["fused"], replace(settings, logits=logits, standardize=standardize))
+        *_, last = trainer.epochs()
+        table.add_row(label, f"{last.cost:.4f}", f"{trainer.evaluate().accuracy:.3f}")
     return table

@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-from itertools import islice
+import time
+from itertools import islice, product
 
 import pytest
 import torch
 
 from fusedact.__main__ import main
+from fusedact.cli import COMPARED
 from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -91,22 +93,25 @@ def test_compare(clean_folder, capsys, name, epochs, shown):
     assert main(["compare", name, "--epochs", str(epochs)]) == 0
     printed = capsys.readouterr().out
     for number in shown:
-        assert re.search(rf"cost, epoch {number} +│ +([\d.]+) │ +\1 │ +1\.0000 │", printed)
-    assert re.search(r"accuracy +│ +([\d.]+) │ +\1 │", printed)
-    assert re.search(r"time a step +│ +[\d.,]+ µs │ +[\d.,]+ µs │ +[\d.]+ │", printed)
+        assert re.search(rf"cost, epoch {number} +│ +([\d.]+) │ +\1 │ +\1 │ +[\d.]+ │", printed)
+    assert re.search(r"accuracy +│ +([\d.]+) │ +\1 │ +\1 │ +\1 │", printed)
+    farthest = re.search(r"farthest from stock +│ +0.0e\+00 │ +0.0e\+00 │ +(\S+) │ +(\S+) │", printed)
+    assert max(map(float, farthest.groups())) < 1e-4
+    assert re.search(r"tutorial / this +│ +1.00 │( +[\d.]+ │){3}", printed)
     out = clean_folder / "runs" / name
     assert f"runs/{name}/{name}.png" in printed
     assert (out / f"{name}.png").read_bytes().startswith(PNG)
-    assert [row["layers"] for row in metrics(out / f"{name}.csv")] == ["stock"] * epochs + ["fused"] * epochs
-    stock, fused = (load_checkpoint(out / f"{name}-{layers}.pt") for layers in LAYERS)
-    for parameter in stock:
-        torch.testing.assert_close(fused[parameter], stock[parameter])
+    ways = ["tutorial", "stock", "fused", "fit"]
+    assert [row["run"] for row in metrics(out / f"{name}.csv")] == [way for way in ways for _ in range(epochs)]
+    stock, *others = (load_checkpoint(out / f"{name}-{way}.pt") for way in ("stock", "tutorial", "fused", "fit"))
+    for other, parameter in product(others, stock):
+        torch.testing.assert_close(other[parameter], stock[parameter], rtol=1e-3, atol=1e-4)
 
 
 def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
     for _ in range(2):
         assert main(["train", "xor", "--epochs", "1", "--data", "xor.csv"]) == 0
-    first, second = capsys.readouterr().out.split("xor on fused layers")[1:]
+    first, second = capsys.readouterr().out.split("xor: fused layers")[1:]
     assert first == second
     assert (clean_folder / "xor.csv").read_text().startswith("x1,x2,y\n")
 
@@ -140,6 +145,10 @@ def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
         (["train", "xor", "--data", "."], "Is a directory"),
         (["train", "xor", "--data", "file"], "file, line 1, column 1"),
         (["train", "mnist-mlp", "--data", "nowhere"], "nowhere"),
+        (["train", "xor", "--engine", "persistent", "--device", "cpu"], "engine 'persistent' needs Triton"),
+        (["train", "xor", "--engine", "fast"], "'fast'"),
+        (["train", "xor", "--checkpoint-every", "3"], "need --out"),
+        (["train", "xor", "--resume"], "need --out"),
     ],
 )
 def test_fault_is_one_line(clean_folder, capsys, args, fault):
@@ -174,17 +183,17 @@ def test_info(capsys):
 
 
 def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
-    def interrupted(self):
-        yield from islice(epochs(self), 3)
+    def interrupted(self, every):
+        yield from islice(slices(self, every), 3)
         self.model[0].weight.data.zero_()  # half an epoch more
         raise KeyboardInterrupt
 
-    epochs = Xor.epochs
+    slices = Xor.slices
     expected = Xor(LAYERS["fused"], Xor.defaults)
-    list(islice(expected.epochs(), 3))
-    monkeypatch.setattr(Xor, "epochs", interrupted)
-    assert main(["train", "xor", "--out", "out"]) == 130
-    assert len(metrics(clean_folder / "out" / "xor.csv")) == 3
+    done = [epoch for some in islice(expected.slices(2), 3) for epoch in some]
+    monkeypatch.setattr(Xor, "slices", interrupted)
+    assert main(["train", "xor", "--out", "out", "--checkpoint-every", "2"]) == 130
+    assert len(metrics(clean_folder / "out" / "xor.csv")) == len(done)
     kept = load_checkpoint(clean_folder / "out" / "xor-fused.pt")
     assert torch.equal(kept["0.weight"], expected.model.state_dict()["0.weight"])
     assert "out/xor-fused.pt" in capsys.readouterr().out
@@ -192,13 +201,69 @@ def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
 
 def test_interrupted_process(clean_folder):
     process = start("compare", "binary", "--device", "cpu", "--out", "out")
-    assert process.stdout.readline().startswith("binary on stock and fused layers; cpu, torch threads: 1;")
+    assert process.stdout.readline().startswith("binary: tutorial, stock, fused, fit; cpu, torch threads: 1;")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == ""
-    assert printed.splitlines() == [f"out/binary{end}" for end in (".png", ".csv", "-stock.pt", "-fused.pt")]
+    assert printed.splitlines() == [
+        f"out/binary{end}" for end in (".png", ".csv", *(f"-{way}.pt" for way in (*COMPARED, "fit")))
+    ]
     assert len(metrics(clean_folder / "out" / "binary.csv")) > 2
     load_checkpoint(clean_folder / "out" / "binary-fused.pt")
+
+
+# Nothing is lost
+
+RUN = ["train", "mnist-softmax", "--device", "cpu", "--epochs", "6", "--checkpoint-every", "1"]
+
+
+@pytest.mark.parametrize("engine", ["steps", "loop", "tutorial"])
+@pytest.mark.parametrize("name", ["xor", "mnist-softmax"])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(clean_folder, name, engine):
+    run = ["train", name, "--device", "cpu", "--engine", engine, "--checkpoint-every", "2"]
+    assert main([*run, "--epochs", "5", "--out", "whole"]) == 0
+    assert main([*run, "--epochs", "3", "--out", "parts"]) == 0
+    assert main([*run, "--epochs", "5", "--out", "parts", "--resume"]) == 0
+    whole, parts = (load_checkpoint(clean_folder / out / f"{name}-fused.pt") for out in ("whole", "parts"))
+    assert all(torch.equal(whole[parameter], parts[parameter]) for parameter in whole)
+    curves = [[row["cost"] for row in metrics(clean_folder / out / f"{name}.csv")] for out in ("whole", "parts")]
+    assert curves[0] == curves[1] and len(curves[0]) == 5
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(clean_folder):
+    process = start(*RUN, "--out", "killed")
+    path = clean_folder / "killed/mnist-softmax-fused.pt"
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    load_checkpoint(path)
+    for out in ("killed", "whole"):
+        assert main([*RUN, "--out", out, *(["--resume"] if out == "killed" else [])]) == 0
+    killed, whole = (load_checkpoint(clean_folder / out / path.name) for out in ("killed", "whole"))
+    assert all(torch.equal(killed[parameter], whole[parameter]) for parameter in whole)
+
+
+def test_another_runs_checkpoint_is_refused(clean_folder, capsys):
+    assert main(["train", "xor", "--epochs", "1", "--out", "out"]) == 0
+    assert main(["train", "xor", "--epochs", "2", "--out", "out", "--resume", "--lr", "3"]) == 2
+    assert "xor-fused.pt: is of a run with lr 0.1, not 3.0" in capsys.readouterr().err
+    assert main(["train", "xor", "--out", "elsewhere", "--resume"]) == 2
+    assert "elsewhere/xor-fused.pt" in capsys.readouterr().err
+
+
+def test_a_cost_that_is_not_finite_is_one_line(clean_folder, capsys):
+    assert main(["train", "mnist-softmax", "--lr", "1e38", "--out", "out", "--epochs", "3"]) == 2
+    assert re.fullmatch(r"fusedact: .* at epoch \d, step \d+; .*\n", capsys.readouterr().err)
+
+
+def test_what_fusing_the_loss_does(capsys):
+    assert main(["compare", "binary", "--epochs", "20"]) == 0
+    printed = capsys.readouterr().out
+    costs = [
+        float(re.search(rf"{label}.*?│ +([\d.]+) +│", printed)[1]) for label in ("BCELoss", "fused loss", "inputs")
+    ]
+    assert costs[0] > 10 > costs[1] > costs[2]

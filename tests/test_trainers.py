@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,8 @@ def costs(trainer):
 
 
 def step_costs(trainer, steps):
-    size = trainer.settings.batch_size
-    x, y = trainer.shuffled(trainer.x, trainer.y, size)
-    batches = zip(x.split(size), y.split(size), strict=True)
-    return [trainer.step(*batch).item() for batch in islice(batches, steps)]
+    batches = trainer.visited(len(trainer.x)).to(trainer.x.device).split(trainer.settings.batch_size)
+    return [trainer.step(trainer.x[rows], trainer.y[rows]).item() for rows in batches[:steps]]
 
 
 class Rows(Dataset):
@@ -185,8 +182,9 @@ def tutorial_002(network, sample_seed, epochs):
         ("mnist-mlp", partial(tutorial_002, relu_network, 111), {"epochs": 2, "raw_pixels": True}),
     ],
 )
-def test_stock_run_is_the_tutorials_bit_for_bit(name, tutorial, options):
-    trainer = make(name, **options)
+@pytest.mark.parametrize("engine", ["loop", "tutorial"])
+def test_stock_run_is_the_tutorials_bit_for_bit(name, tutorial, options, engine):
+    trainer = make(name, engine=engine, **options)
     ours = costs(trainer)
     theirs, model, printed = tutorial(options["epochs"])
     assert ours == theirs
@@ -195,9 +193,10 @@ def test_stock_run_is_the_tutorials_bit_for_bit(name, tutorial, options):
     assert trainer.evaluate().text == printed
 
 
+@pytest.mark.parametrize("engine", ["loop", "tutorial", "steps"])
 @pytest.mark.parametrize("layers", LAYERS)
-def test_worked_pass_has_its_known_answers(layers):
-    trainer = make("worked", layers)
+def test_worked_pass_has_its_known_answers(layers, engine):
+    trainer = make("worked", layers, engine=engine)
     [epoch] = trainer.epochs()
     assert {name: trainer.values[name] for name in ANSWERS} == pytest.approx(ANSWERS, rel=0, abs=1e-6)
     assert "known answers" in trainer.report(epoch)
@@ -268,8 +267,28 @@ def test_costs_on_the_full_mnist(mnist_folder, name, expected, tolerance):
 def test_fused_costs_are_stocks(name):
     options = {"epochs": 5} if name in ("binary", "perceptron", "xor", "worked") else {"epochs": 1}
     with fusedact.use_backend("torch"):
-        stock, fused = costs(make(name, **options)), costs(make(name, "fused", **options))
+        stock, fused = (costs(make(name, layers, engine="loop", **options)) for layers in LAYERS)
     assert fused == pytest.approx(stock, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "engine"),
+    [
+        ("binary", {"epochs": 100}, "steps"),
+        ("binary", {"epochs": 100, "start": (0.01, 0.02, -0.01, 0.1)}, "steps"),
+        ("perceptron", {"epochs": 20}, "steps"),
+        ("xor", {"epochs": 100}, "steps"),
+        ("worked", {"epochs": 3}, "steps"),
+        ("mnist-softmax", {"epochs": 2}, "steps"),
+        ("mnist-mlp", {"epochs": 1}, "steps"),
+    ],
+)
+def test_fitted_curves_are_stocks(name, options, engine):
+    fitted, stock = make(name, **options), make(name, engine="loop", **options)
+    assert fitted.engine == engine
+    assert costs(fitted) == pytest.approx(costs(stock), rel=1e-4)
+    for ours, theirs in zip(fitted.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_fused_mlp_steps_as_stock():

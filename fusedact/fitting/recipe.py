@@ -1,16 +1,17 @@
 """What is to be trained, read off a model, a loss and an optimizer that all stay torch's."""
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fusedact import functional
-from fusedact.activations import Activation, of_module
+from fusedact import nn as fused
+from fusedact.activations import Activation, by_name, of_module
 from fusedact.nn.hooks import is_plain
-from fusedact.nn.linear import Linear
 
 SUPPORTED = "linear layers, each with at most one elementwise activation after it, in a Sequential"
 LOSSES: dict[Any, str] = {
@@ -27,8 +28,7 @@ class Unsupported(ValueError):
     """Why no engine but `loop` can train this, naming what is not supported and what is."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """act(x Wᵀ + b); `activation` None: the identity."""
 
     weight: nn.Parameter
@@ -80,6 +80,16 @@ class Recipe:
         return (*(layer.weight.shape[1] for layer in self.layers), self.layers[-1].weight.shape[0])
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight and bias of each layer, in order."""
+        return tuple(p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of x and of the outputs."""
+        return self.dtype.itemsize * (self.widths[0] + self.widths[-1])
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.layers[0].weight.dtype
 
@@ -97,7 +107,7 @@ def read(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> Recip
 def _layers(model: nn.Module) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     for name, module in _in_order("", model):
-        if type(module) in (nn.Linear, Linear):
+        if type(module) in (nn.Linear, fused.Linear):
             layers.append(_linear(name, module))
         elif type(module) is not nn.Identity:
             layers.append(_activated(name, module, layers))
@@ -109,31 +119,30 @@ def _layers(model: nn.Module) -> tuple[Layer, ...]:
     for p in parameters:
         if (p.dtype, p.device) != (parameters[0].dtype, parameters[0].device) or not p.requires_grad:
             raise Unsupported("parameters that are frozen, or of several dtypes or devices, are not supported")
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in pairwise(layers):
         if before.weight.shape[0] != after.weight.shape[1]:
-            raise ValueError(f"a layer of {before.weight.shape[0]} outputs before one of {after.weight.shape[1]} inputs")
+            raise ValueError(
+                f"a layer of {before.weight.shape[0]} outputs before one of {after.weight.shape[1]} inputs"
+            )
     return tuple(layers)
 
 
 def _in_order(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that are no Sequential, in the order of their calls, with their names in the model."""
-    from fusedact.nn.container import Sequential
-
     if not is_plain(module):
         raise Unsupported(f"{_named(name, module)} has hooks, is compiled or has its forward replaced; not supported")
-    if type(module) not in (nn.Sequential, Sequential):
+    if type(module) not in (nn.Sequential, fused.Sequential):
         return [(name, module)]
-    return [found for key, child in module.named_children() for found in _in_order(f"{name}.{key}".strip("."), child)]
+    keys = module._modules  # `named_children` would name a module in two places once
+    return [found for key in keys for found in _in_order(f"{name}.{key}".strip("."), module.get_submodule(key))]
 
 
-def _linear(name: str, module: nn.Module) -> Layer:
+def _linear(name: str, module: Any) -> Layer:
     activation = getattr(module, "activation", None)
     layer = Layer(module.weight, module.bias, None, ())
     if activation is None:
         return layer
     if isinstance(activation, str):
-        from fusedact.activations import by_name
-
         entry = by_name(activation)
         return Layer(module.weight, module.bias, entry, entry.default_values)
     return _activated(f"{name}.activation", activation, [layer])
@@ -155,7 +164,7 @@ def _named(name: str, module: nn.Module) -> str:
 
 def _objective(loss: Any) -> Objective:
     if isinstance(loss, nn.Module):
-        kinds = [name for kind, name in LOSSES.items() if type(loss) in (kind, _ours(kind))]
+        kinds = [name for kind, name in LOSSES.items() if type(loss) in (kind, getattr(fused, kind.__name__))]
         if kinds and is_plain(loss):
             different = [name for name, plain in _PLAIN_OPTIONS.items() if getattr(loss, name, plain) != plain]
             if not different and loss.reduction in ("mean", "sum") and getattr(loss, "ignore_index", -100) < 0:
@@ -167,13 +176,9 @@ def _objective(loss: Any) -> Objective:
             if loss in (getattr(F, name), getattr(functional, name)):
                 return Objective(name, True)
     kinds = [kind.__name__ for kind in LOSSES]
-    raise Unsupported(f"loss {getattr(loss, '__name__', None) or type(loss).__name__} is not supported; {', '.join(kinds)} are")
-
-
-def _ours(kind: type[nn.Module]) -> type[nn.Module]:
-    from fusedact import nn as ours
-
-    return getattr(ours, kind.__name__)
+    raise Unsupported(
+        f"loss {getattr(loss, '__name__', None) or type(loss).__name__} is not supported; {', '.join(kinds)} are"
+    )
 
 
 def _rule(optimizer: torch.optim.Optimizer, layers: tuple[Layer, ...]) -> Rule:
@@ -199,8 +204,3 @@ def _rule(optimizer: torch.optim.Optimizer, layers: tuple[Layer, ...]) -> Rule:
     beta1, beta2 = map(float, group["betas"])
     name = "adamw" if decoupled else "adam"
     return Rule(name, lr, decay, beta1, beta2, float(group["eps"]), ("exp_avg", "exp_avg_sq"))
-
-
-def tensors(layer: Layer) -> list[Tensor]:
-    """The layer's parameters, detached: what is written here is the model's."""
-    return [p.detach() for p in (layer.weight, layer.bias) if p is not None]

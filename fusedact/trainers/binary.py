@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
 
 from fusedact import data
@@ -13,11 +14,14 @@ class Binary(Trainer):
     """3 → 1 Sigmoid, BCE and SGD on the rows of `data.binary`, split 80/10/10.
 
     With 1,000 rows the default seed draws weights that saturate: every output is 0, its gradient falls under
-    BCELoss's clamp, and the cost stays at 13.6 to 13.7. From `start=(0.01, 0.02, -0.01, 0.1)` it learns.
+    BCELoss's clamp, and the cost stays at 13.6 to 13.7. From `start=(0.01, 0.02, -0.01, 0.1)` it learns. So does BCE
+    on the logits, `logits=True`, from those weights too: its gradient is σ(z) - y, however far z is. On raw inputs at
+    this lr both end where every answer is no; on `standardize=True` ones both find the plane that divides best.
     """
 
     name = "binary"
     defaults = Settings(epochs=10_000, batch_size=64, lr=1e-4, seed=4)
+    report_every = 1000
 
     def build(self, nn: ModuleType) -> None:
         x, y = data.binary(path=self.settings.data)
@@ -37,8 +41,13 @@ class Binary(Trainer):
             y[validation.indices].to(device),
         )
 
-        self.model = nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()).to(device)
-        self.criterion = nn.BCELoss()
+        if self.settings.standardize:
+            mean, deviation = self.x.mean(0), self.x.std(0)
+            self.x, self.x_validation = (self.x - mean) / deviation, (self.x_validation - mean) / deviation
+
+        logits = self.settings.logits
+        self.model = nn.Sequential(nn.Linear(3, 1), *([] if logits else [nn.Sigmoid()])).to(device)
+        self.criterion = nn.BCEWithLogitsLoss() if logits else nn.BCELoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.settings.lr)
 
     def report(self, epoch: Epoch) -> str | None:
@@ -51,9 +60,12 @@ class Binary(Trainer):
     def evaluate(self) -> Evaluation:
         self.model.eval()
         lines = []
-        x, _ = self.shuffled(self.x_validation, self.y_validation, batch_size=4)
-        for batch in x.split(4):
-            outputs = self.model(batch)
+        visited = self.visited(len(self.x_validation)).to(self.x.device)
+        for batch in self.x_validation[visited[: len(visited) // 4 * 4]].split(4):
+            outputs = self._outputs(batch)
             lines += [f"{outputs}", f"{outputs >= 0.5}", "-------------------"]
-        right = (self.model(self.x_validation) >= 0.5) == self.y_validation.bool()
+        right = (self._outputs(self.x_validation) >= 0.5) == self.y_validation.bool()
         return Evaluation(right.float().mean().item(), "\n".join(lines))
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        return self.model(x).sigmoid() if self.settings.logits else self.model(x)

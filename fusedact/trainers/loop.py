@@ -1,16 +1,23 @@
-"""The training loop that every trainer shares: what goes in, one epoch, what comes out."""
+"""The training loop that every trainer shares: what goes in, some epochs, what comes out."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from fusedact.fitting import ENGINES, Training
+from fusedact.fitting.order import order
+
+TUTORIAL = "tutorial"  # the engine that is the tutorial's own program: its data loader, a row at a time
+TRAINER_ENGINES = ("auto", *ENGINES, TUTORIAL)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class Settings:
     data: a CSV file (binary, perceptron, xor) or a folder of IDX files (MNIST); None: made, or embedded
     start: every parameter, flattened in the model's order, in place of the drawn ones
     raw_pixels: evaluate MNIST on 0..255 as the tutorial does, though it trains on 0..1
+    standardize, logits: of binary: inputs of mean 0 and deviation 1; BCE on logits in place of Sigmoid and BCELoss
+    engine: of `fusedact.fit` by name, "auto" for the fastest that can, or "tutorial"
     """
 
     epochs: int
@@ -32,6 +41,9 @@ class Settings:
     download: bool = False
     start: tuple[float, ...] | None = None
     raw_pixels: bool = False
+    standardize: bool = False
+    logits: bool = False
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Trainer(ABC):
     name: ClassVar[str]
     defaults: ClassVar[Settings]
     cost_dtype: ClassVar[torch.dtype] = torch.float32  # the tutorial adds up tensors
+    report_every: ClassVar[int] = 1  # epochs after which the tutorial prints
 
     source: str  # of the data, in words
     x: Tensor  # (rows, ...), the training rows
@@ -76,10 +89,13 @@ class Trainer(ABC):
         with torch.random.fork_rng(devices=[]):
             self.build(nn)
             self._random_state = torch.get_rng_state()
+        self.done = 0  # epochs
         if settings.start is not None:
             _set_parameters(self.model, settings.start)
         if settings.batch_size > len(self.x):
             raise ValueError(f"batch size {settings.batch_size} exceeds the {len(self.x)} training rows")
+        self._passes = _Tutorial(self) if settings.engine == TUTORIAL else self._training()
+        self.engine, self.reason = self._passes.engine, self._passes.reason
 
     @abstractmethod
     def build(self, nn: ModuleType) -> None:
@@ -94,36 +110,103 @@ class Trainer(ABC):
         """Tests the model as the tutorial does after its last epoch."""
 
     def epochs(self) -> Iterator[Epoch]:
-        """Trains, one epoch for each record taken."""
-        for number in range(1, self.settings.epochs + 1):
-            yield self._epoch(number, *self.shuffled(self.x, self.y, self.settings.batch_size))
+        """Trains; the records of the epochs, some of which may be done before the first of them is taken."""
+        for some in self.slices():
+            yield from some
 
-    def shuffled(self, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The rows that `DataLoader(shuffle=True, drop_last=True)` visits, in its order, by its draws."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._random_state)
-            [order] = DataLoader(range(len(x)), len(x), shuffle=True)  # type: ignore[arg-type]
-            self._random_state = torch.get_rng_state()
-        order = order[: len(x) // batch_size * batch_size].to(x.device)
-        return x[order], y[order]
+    def slices(self, every: int | None = None) -> Iterator[list[Epoch]]:
+        """Trains, some epochs for each list of records taken, after the last of which the model then is.
+
+        A list ends where the tutorial prints, and at multiples of `every`.
+        """
+        stops = [self.report_every, every or self.settings.epochs, self.settings.epochs]
+        while self.done < self.settings.epochs:
+            yield self._slice(min(stop - self.done % stop for stop in stops))
+
+    def visited(self, rows: int) -> Tensor:
+        """The rows that a DataLoader visits next, in its order, by its draws."""
+        with self._drawing():
+            return order(rows, None)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Trains on one batch; returns its cost, ()."""
+        """Trains on one batch as the tutorial does; returns its cost, ()."""
         cost = self.criterion(self.model(x), y)
         self.optimizer.zero_grad()
         cost.backward()
         self.optimizer.step()
         return cost.detach()
 
-    def _epoch(self, number: int, x: Tensor, y: Tensor) -> Epoch:
-        batches = list(zip(x.split(self.settings.batch_size), y.split(self.settings.batch_size), strict=True))
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs to go on as if nothing had happened."""
+        return {
+            "epochs": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self._random_state,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from another run's state. ValueError, RuntimeError or KeyError where it is of another model."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self._random_state = state["epochs"], state["random"]
+        self._passes = _Tutorial(self) if self.settings.engine == TUTORIAL else self._training()
+
+    def _training(self) -> Training:
+        engine = None if self.settings.engine == "auto" else self.settings.engine
+        return Training(
+            self.model, self.x, self.y, loss=self.criterion, optimizer=self.optimizer,
+            batch_size=self.settings.batch_size, drop_last=True, engine=engine,
+        )  # fmt: skip
+
+    def _slice(self, limit: int) -> list[Epoch]:
         self.model.train()
-        started = _clock(x.device)
-        cost = torch.zeros((), dtype=self.cost_dtype, device=x.device)
-        for batch in batches:
-            cost += self.step(*batch)
-        seconds = _clock(x.device) - started
-        return Epoch(number, (cost / len(batches)).item(), seconds / len(batches))
+        started = _clock(self.x.device)
+        with self._drawing():
+            losses = self._passes.slice(limit)  # (epochs, steps)
+        seconds = (_clock(self.x.device) - started) / losses.numel()
+        costs = torch.zeros(len(losses), dtype=self.cost_dtype, device=losses.device)
+        for step in losses.unbind(1):  # one by one, as the tutorial adds them
+            costs += step
+        first, self.done = self.done + 1, self.done + len(losses)
+        means = (costs / losses.shape[1]).tolist()
+        return [Epoch(number, cost, seconds) for number, cost in enumerate(means, first)]
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Torch's global generator in this trainer's state."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random_state)
+            yield
+            self._random_state = torch.get_rng_state()
+
+
+class _Rows(Dataset):
+    """A row made a tensor when it is asked for, as the tutorials' data sets do."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x.cpu().numpy(), y.cpu().numpy()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.x[index]), torch.tensor(self.y[index])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class _Tutorial:
+    """The tutorial's own loop."""
+
+    engine, reason = TUTORIAL, "it was asked for"
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        rows = _Rows(trainer.x, trainer.y)
+        self.batches = DataLoader(rows, trainer.settings.batch_size, shuffle=True, drop_last=True)
+
+    def slice(self, limit: int) -> Tensor:
+        device = self.trainer.x.device
+        return torch.stack([self.trainer.step(x.to(device), y.to(device)) for x, y in self.batches])[None]
 
 
 def _clock(device: torch.device) -> float:

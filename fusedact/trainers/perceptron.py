@@ -15,6 +15,7 @@ class Perceptron(Trainer):
 
     name = "perceptron"
     defaults = Settings(epochs=10_000, batch_size=64, lr=0.01, seed=1)
+    report_every = 1000
 
     def network(self, nn: ModuleType) -> torch.nn.Module:
         return nn.Sequential(nn.Linear(2, 1), nn.Sigmoid())

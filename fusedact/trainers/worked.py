@@ -65,19 +65,15 @@ class Worked(Trainer):
         self.criterion = nn.BCELoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.settings.lr)
 
-    def epochs(self) -> Iterator[Epoch]:
+    def slices(self, every: int | None = None) -> Iterator[list[Epoch]]:
+        """An epoch, which is a step, at a time."""
         before = self._forward()
-        for epoch in super().epochs():
-            parameters = list(self.model.parameters())
-            gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            weights = torch.cat([p.detach().flatten() for p in parameters])
-            self.values = (
-                before
-                | dict(zip((f"d{name}" for name in PARAMETERS), gradients.tolist(), strict=True))
-                | dict(zip(PARAMETERS, weights.tolist(), strict=True))
-            )
-            before = self._forward()
-            yield epoch
+        gradients = self._gradients()
+        for epochs in super().slices(1):
+            weights = torch.cat([p.detach().flatten() for p in self.model.parameters()]).tolist()
+            self.values = before | gradients | dict(zip(PARAMETERS, weights, strict=True))
+            before, gradients = self._forward(), self._gradients()
+            yield epochs
 
     def report(self, epoch: Epoch) -> str | None:
         """The first step's values. ArithmeticError where one is not the answer to the tutorial's settings."""
@@ -95,6 +91,12 @@ class Worked(Trainer):
         after = self._forward()
         right = float(after["output"] < 0.5)
         return Evaluation(right, f"output {after['output']:.6f}, loss {after['loss']:.6f} after the step")
+
+    def _gradients(self) -> dict[str, float]:
+        loss = self.criterion(self.model(self.x), self.y)
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        values = torch.cat([gradient.flatten() for gradient in gradients]).tolist()
+        return dict(zip((f"d{name}" for name in PARAMETERS), values, strict=True))
 
     @torch.no_grad()
     def _forward(self) -> dict[str, float]:

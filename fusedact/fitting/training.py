@@ -1,0 +1,214 @@
+"""`fit`: a whole training run in as few launches as can be."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fusedact.fitting.engine import Engine, Job, NotFinite
+from fusedact.fitting.graph import Graph
+from fusedact.fitting.loop import Loop
+from fusedact.fitting.order import order
+from fusedact.fitting.persistent import Persistent
+from fusedact.fitting.recipe import Recipe, Unsupported, read
+from fusedact.fitting.steps import Steps
+
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Persistent, Graph, Steps, Loop)}
+FASTEST_FIRST = {"cpu": (Steps, Loop), "cuda": (Persistent, Graph, Loop)}
+SLICE = 0.2  # seconds of training between looks at Ctrl-C; a display's watchdog allows two
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass
+class Fitted:
+    """A training run so far.
+
+    costs: of each epoch, the mean of its steps' losses. engine: what trained, and reason: why not another.
+    optimizer: whose state is that of its last step.
+    """
+
+    engine: str
+    reason: str
+    optimizer: torch.optim.Optimizer
+    costs: list[float] = field(default_factory=list)
+
+
+class Training:
+    """A training run that goes on by epochs; see `fit` for what it takes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer | MakeOptimizer,
+        lr: float | None = None,
+        batch_size: int,
+        drop_last: bool = False,
+        shuffle: bool = True,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        engine: str | None = None,
+        precision: str | None = None,
+    ) -> None:
+        _check(x, y, batch_size, drop_last, engine, precision)
+        if device is not None:
+            model.to(device)
+        device = next((p.device for p in model.parameters()), x.device)
+        made = _optimizer(optimizer, model, lr)
+        job = Job(model, loss, made, x.to(device), y.to(device), batch_size, _recipe(model, loss, made), precision)
+        self._engine, reason = _choose(job, engine, device)
+        self.fitted = Fitted(self._engine.name, reason, made)
+        self._generator, self._shuffle = generator, shuffle
+        self._rows = len(x)
+        self._visited = len(x) // batch_size * batch_size if drop_last else len(x)
+        self._batch_size = batch_size
+        self._epochs_per_slice = 1
+
+    @property
+    def engine(self) -> str:
+        return self.fitted.engine
+
+    @property
+    def reason(self) -> str:
+        """Why it is that engine."""
+        return self.fitted.reason
+
+    def train(self, epochs: int) -> None:
+        """Trains so many epochs more."""
+        until = len(self.fitted.costs) + epochs
+        while len(self.fitted.costs) < until:
+            self.slice(until - len(self.fitted.costs))
+
+    def slice(self, limit: int) -> Tensor:
+        """Trains at least one epoch and at most so many, for about 0.2 s; returns each step's loss, (epochs, steps).
+
+        Parameters and optimizer are then as after the last step. Raises FloatingPointError where a cost or a gradient
+        is not finite, with the parameters as before that step.
+        """
+        epochs = min(self._epochs_per_slice, limit)
+        orders = [order(self._rows, self._generator, self._shuffle)[: self._visited] for _ in range(epochs)]
+        started = time.perf_counter()
+        try:
+            losses = self._engine.train(torch.stack(orders))
+        except NotFinite as fault:
+            epoch, step = divmod(fault.steps, -(-self._visited // self._batch_size))
+            raise FloatingPointError(
+                f"{fault.what} at epoch {len(self.fitted.costs) + epoch + 1}, step {step + 1}; "
+                "the parameters are as before that step"
+            ) from None
+        finally:
+            self._engine.write()
+        self.fitted.costs += losses.double().mean(1).tolist()
+        seconds = time.perf_counter() - started
+        self._epochs_per_slice = max(1, min(4 * epochs, int(SLICE * epochs / seconds)))
+        return losses
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer | MakeOptimizer,
+    lr: float | None = None,
+    epochs: int,
+    batch_size: int,
+    drop_last: bool = False,
+    shuffle: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    callback: Callable[[Fitted], object] | None = None,
+    every: int = 1,
+    engine: str | None = None,
+    precision: str | None = None,
+) -> Fitted:
+    """Trains the model on the rows of x and y, in place; its state_dict and the optimizer's are then as usual.
+
+    It visits the batches, in the order, and takes the steps of
+
+        for _ in range(epochs):
+            for rows, targets in DataLoader(TensorDataset(x, y), batch_size, shuffle, drop_last, generator):
+                optimizer.zero_grad()
+                loss(model(rows), targets).backward()
+                optimizer.step()
+
+    by the fastest of these engines that can: `persistent` (GPU: all steps in one launch), `graph` (GPU: a CUDA graph
+    of steps), `steps` (CPU: passes derived by hand), each to rounding, and `loop` (that loop, for any model).
+
+    x, y: (rows, ...), a row each. loss: of torch's losses or any function of (output, target) -> ().
+    optimizer: one that holds the model's parameters, or what makes one from them, `torch.optim.Adam` or a partial of
+    it; lr is then passed on. device: where to train, the model's by default. callback: called after each `every`
+    epochs with the run so far, when model and optimizer are up to date; where it returns True, training ends.
+    engine: one of these by name. precision: of products in `persistent`: None for float32's own, "tf32" or "bf16".
+
+    Raises ValueError for what does not fit together, and where the engine asked for cannot train this, naming what
+    is not supported and what is; FloatingPointError where a cost or gradient is not finite, naming epoch and step,
+    with the parameters as before that step.
+    """
+    if epochs < 0 or every < 1:
+        raise ValueError(f"epochs must be at least 0 and every at least 1, got {epochs} and {every}")
+    training = Training(
+        model, x, y, loss=loss, optimizer=optimizer, lr=lr, batch_size=batch_size, drop_last=drop_last,
+        shuffle=shuffle, generator=generator, device=device, engine=engine, precision=precision,
+    )  # fmt: skip
+    fitted = training.fitted
+    while len(fitted.costs) < epochs:
+        left = epochs - len(fitted.costs)
+        training.train(min(every, left) if callback else left)
+        if callback and callback(fitted) is True:
+            break
+    return fitted
+
+
+def _check(x: Tensor, y: Tensor, batch_size: int, drop_last: bool, engine: str | None, precision: str | None) -> None:
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            raise ValueError(f"{name} must be a tensor of rows, got {tensor!r}")
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(x) or (drop_last and batch_size > len(x)):
+        raise ValueError(f"{len(x)} rows make no batch of {batch_size}")
+    if engine is not None and engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
+    if precision not in (None, "tf32", "bf16"):
+        raise ValueError(f"unknown precision {precision!r}, expected None, 'tf32' or 'bf16'")
+
+
+def _optimizer(
+    optimizer: torch.optim.Optimizer | MakeOptimizer, model: nn.Module, lr: float | None
+) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer(model.parameters(), **({} if lr is None else {"lr": lr}))
+    if lr is not None:
+        raise ValueError("lr is the optimizer's own where an optimizer is given")
+    return optimizer
+
+
+def _recipe(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Recipe | Unsupported:
+    try:
+        return read(model, loss, optimizer)
+    except Unsupported as reason:
+        return reason
+
+
+def _choose(job: Job, engine: str | None, device: torch.device) -> tuple[Engine, str]:
+    """The engine, and why it is that one."""
+    if engine is not None:
+        return ENGINES[engine](job), "it was asked for"
+    refused: list[str] = []
+    for candidate in FASTEST_FIRST.get(device.type, (Loop,)):
+        try:
+            return candidate(job), "; ".join(refused) or f"the fastest on {device.type}"
+        except Unsupported as reason:
+            refused.append(f"{candidate.name}: {reason}")
+    raise AssertionError("loop refuses nothing")
