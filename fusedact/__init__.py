@@ -5,6 +5,10 @@ from fusedact.activations import register_activation as register_activation
 from fusedact.backend import get_backend as get_backend
 from fusedact.backend import set_backend as set_backend
 from fusedact.backend import use_backend as use_backend
+from fusedact.fitting import Fitted as Fitted
+from fusedact.fitting import FittedMany as FittedMany
+from fusedact.fitting import fit as fit
+from fusedact.fitting import fit_many as fit_many
 from fusedact.nn import functional as functional
 
 __version__ = "0.1.0"

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINES = (  # the second lies on the first where they coincide, and both show
+LINES = (  # each lies on those before it where they coincide, and all show
+    {"color": "#d9d9d9", "linewidth": 8.0, "markersize": 12},
     {"color": "#fdae61", "linewidth": 4.5, "markersize": 8},
-    {"color": "#2c5aa0", "linewidth": 1.6, "markersize": 4, "linestyle": (0, (4, 2))},
+    {"color": "#2c5aa0", "linewidth": 1.8, "markersize": 5},
+    {"color": "#b2182b", "linewidth": 1.2, "markersize": 3, "linestyle": (0, (4, 4))},
 )
+GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples spread evenly over 0 to 1, however many
 MOST_POINTS = 250  # more, and the noise from epoch to epoch hides the curve
 
 
 def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Cost by epoch of one or two runs: for each name, its cost after epochs 1, 2, ...
+    """Cost by epoch of up to four runs: for each name, its cost after epochs 1, 2, ...
 
     Many epochs are drawn as the means of equally many each. The scale is logarithmic where the costs are
     positive and span more than a factor of 10.
@@ -45,6 +48,41 @@ def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6")
     axes.legend(frameon=False, title="cost at the end")
+    return figure
+
+
+def sweep(
+    lrs: Sequence[float],
+    epochs: Sequence[int],
+    shares: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[float]],
+    title: str,
+) -> Figure:
+    """What became of many networks at each learning rate: the share solved by epoch, and where each one's cost ended.
+
+    shares: for each learning rate, of its networks after each of the epochs. costs: for each, every network's last.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    learned, ended = figure.subplots(1, 2)
+    learned.set(xlabel="epoch", ylabel="share solved", xscale="log", ylim=(0, 1))
+    learned.set_title(title, loc="left")
+    ended.set(xlabel="learning rate, share solved at the end", ylabel="cost of the last epoch")
+    colors = colormaps["viridis"].resampled(len(lrs) + 1).colors  # type: ignore[attr-defined]
+    for at, (lr, share, last, color) in enumerate(zip(lrs, shares, costs, colors, strict=False)):
+        learned.plot(epochs, share, color=color, label=f"{lr:g}")
+        finite = sorted(filter(math.isfinite, last))
+        places = [at + 0.8 * (rank * GOLDEN % 1 - 0.5) for rank in range(len(finite))]  # equal costs stand apart
+        ended.plot(places, finite, ".", color=color, markersize=3, alpha=0.5, clip_on=False)
+    ended.set_xticks(range(len(lrs)), [f"{lr:g}\n{share[-1]:.0%}" for lr, share in zip(lrs, shares, strict=True)])
+    ended.set_ylim(bottom=0)
+    for axes in (learned, ended):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6")
+    learned.xaxis.set_major_formatter("{x:,.0f}")
+    learned.legend(frameon=False, title="learning rate", loc="upper left")
     return figure
 
 

@@ -81,6 +81,12 @@ def _squared_error_grad(x, t, p):
 SQUARED_ERROR = bce.Loss(_squared_error, _squared_error_grad, None)
 
 
+@triton.jit
+def identity_grad(dy, y):
+    """dz of a layer without an activation."""
+    return dy
+
+
 # Optimizers, in torch's own order of operations. Rates are float64 scalars: 1 - 0.999 has no digit to lose.
 
 
@@ -108,8 +114,8 @@ def _adam(w, g, m, v, lr, decay, beta1, beta2, eps, power1, power2):
     m = m + (g - m) * (1.0 - beta1).to(tl.float32)
     v = beta2.to(tl.float32) * v + (1.0 - beta2).to(tl.float32) * g * g
     step_size = lr.to(tl.float32) / (1.0 - power1).to(tl.float32)
-    root = tl.sqrt_rn((1.0 - power2).to(tl.float32))
-    return w - step_size * (m / (tl.sqrt_rn(v) / root + eps.to(tl.float32))), m, v
+    root = tl.sqrt((1.0 - power2).to(tl.float32))
+    return w - step_size * (m / (tl.sqrt(v) / root + eps.to(tl.float32))), m, v
 
 
 @triton.jit

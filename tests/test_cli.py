@@ -190,9 +190,9 @@ def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
 
     slices = Xor.slices
     expected = Xor(LAYERS["fused"], Xor.defaults)
-    done = [epoch for some in islice(expected.slices(2), 3) for epoch in some]
+    done = [epoch for some in islice(expected.slices(1), 3) for epoch in some]
     monkeypatch.setattr(Xor, "slices", interrupted)
-    assert main(["train", "xor", "--out", "out", "--checkpoint-every", "2"]) == 130
+    assert main(["train", "xor", "--out", "out", "--checkpoint-every", "1"]) == 130
     assert len(metrics(clean_folder / "out" / "xor.csv")) == len(done)
     kept = load_checkpoint(clean_folder / "out" / "xor-fused.pt")
     assert torch.equal(kept["0.weight"], expected.model.state_dict()["0.weight"])
@@ -267,3 +267,15 @@ def test_what_fusing_the_loss_does(capsys):
         float(re.search(rf"{label}.*?│ +([\d.]+) +│", printed)[1]) for label in ("BCELoss", "fused loss", "inputs")
     ]
     assert costs[0] > 10 > costs[1] > costs[2]
+
+
+def test_sweep(clean_folder, capsys, monkeypatch):
+    monkeypatch.setattr("fusedact.cli.SWEPT", 3)
+    assert main(["compare", "xor", "--sweep", "--epochs", "20", "--out", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "share of 3 initializations" in printed and "by epoch 20" in printed
+    assert (clean_folder / "out/xor-sweep.png").read_bytes().startswith(PNG)
+    rows = metrics(clean_folder / "out/xor-sweep.csv")
+    assert len(rows) == 15 and set(rows[0]) == {"lr", "seed", "solved_by", "cost"}
+    assert main(["compare", "binary", "--sweep"]) == 2
+    assert capsys.readouterr().err == "fusedact: Invalid value: --sweep is xor's, not binary's\n"

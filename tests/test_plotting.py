@@ -1,25 +1,23 @@
-"""Training curves: what is drawn, at which scale, and that both runs show."""
+"""Training curves: what is drawn, at which scale, and that all runs show."""
 
 import math
 
 import pytest
 
-from fusedact.plotting import png, training_curves
+from fusedact.plotting import png, sweep, training_curves
 
 FALLING = [100 / 2**i for i in range(15)]
 
 
-def test_both_runs_show_where_they_coincide():
-    axes = training_curves({"stock": FALLING, "fused": FALLING}, "mnist-mlp").axes[0]
-    stock, fused = axes.lines
-    assert list(stock.get_ydata()) == list(fused.get_ydata()) == FALLING
-    assert list(stock.get_xdata()) == list(range(1, 16))
-    assert stock.get_linewidth() > fused.get_linewidth()
-    assert fused.is_dashed() and not stock.is_dashed()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "stock: 0.006104",
-        "fused: 0.006104",
-    ]
+def test_all_runs_show_where_they_coincide():
+    names = ["tutorial", "stock", "fused", "fit"]
+    axes = training_curves(dict.fromkeys(names, FALLING), "mnist-mlp").axes[0]
+    assert all(list(line.get_ydata()) == FALLING for line in axes.lines)
+    assert list(axes.lines[0].get_xdata()) == list(range(1, 16))
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
+    assert axes.lines[-1].is_dashed()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"{name}: 0.006104" for name in names]
     assert (axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()) == ("mnist-mlp", "epoch", "cost")
 
 
@@ -47,3 +45,18 @@ def test_many_epochs_are_means():
     assert list(line.get_xdata()) == list(range(40, 10_001, 40))
     assert set(line.get_ydata()) == {2.0}
     assert axes.get_xlabel() == "epoch (means of 40)"
+
+
+def test_sweep_shows_shares_by_epoch_and_each_last_cost():
+    costs = [[0.3, 0.0, 0.3], [0.1, math.nan, math.inf]]
+    figure = sweep([0.01, 3.0], [1, 10, 100], [[0.0, 0.0, 1 / 3], [0.0, 0.5, 2 / 3]], costs, "xor")
+    learned, ended = figure.axes
+    assert [list(line.get_ydata()) for line in learned.lines] == [[0.0, 0.0, 1 / 3], [0.0, 0.5, 2 / 3]]
+    assert [text.get_text() for text in learned.get_legend().get_texts()] == ["0.01", "3"]
+    assert learned.get_xscale() == "log" and learned.get_title("left") == "xor"
+    assert [list(points.get_ydata()) for points in ended.lines] == [[0.0, 0.3, 0.3], [0.1]]
+    assert len(set(ended.lines[0].get_xdata())) == 3
+    assert [label.get_text() for label in ended.get_xticklabels()] == ["0.01\n33%", "3\n67%"]
+    for share, last in zip(learned.lines, ended.lines, strict=True):
+        assert list(share.get_color()) == list(last.get_color())
+    assert png(figure).startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,5 +1,6 @@
 """`graph`: many steps of any model captured once as a CUDA graph, then replayed without Python between them."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from fusedact.fitting.engine import Engine, Job
 from fusedact.fitting.loop import Loop
 from fusedact.fitting.recipe import OPTIMIZERS, Unsupported
 
+DEVICES = ("cuda",)
 MOST_STEPS = 500  # of a graph: some ten thousand launches
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for; they are undone
 
@@ -27,7 +29,7 @@ class Graph(Engine):
     name = "graph"
 
     def __init__(self, job: Job) -> None:
-        if job.x.device.type != "cuda":
+        if job.x.device.type not in DEVICES:
             raise Unsupported(f"engine 'graph' runs on a GPU, the model is on {job.x.device}")
         if job.precision is not None:
             raise Unsupported(f"engine 'graph' computes as the model does, not with precision={job.precision!r}")
@@ -83,26 +85,20 @@ class Graph(Engine):
 
     def _captured(self, steps: int, size: int) -> Captured:
         if (steps, size) not in self._graphs:
-            before, random = self._snapshot(), torch.cuda.get_rng_state(self.job.x.device)
+            before = self._snapshot()
             self._graphs[steps, size] = self._capture(steps, size)
             self._restore(before)
-            torch.cuda.set_rng_state(random, self.job.x.device)
         return self._graphs[steps, size]
 
     def _capture(self, steps: int, size: int) -> Captured:
         x, y = (t[:1].expand(steps * size, *t.shape[1:]).contiguous() for t in (self.job.x, self.job.y))
-        losses = torch.empty(steps, device=x.device)
-        side, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._step(x[:size], y[:size])
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        losses = torch.empty(steps, dtype=torch.float64, device=x.device)
+
+        def body() -> None:
             for step, (rows, targets) in enumerate(zip(x.split(size), y.split(size), strict=True)):
                 losses[step] = self._step(rows, targets)
-        return Captured(graph, x, y, losses)
+
+        return Captured(record(lambda: self._step(x[:size], y[:size]), body, x.device), x, y, losses)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -124,6 +120,22 @@ class Graph(Engine):
         """State that the optimizer has made since is 0, as it began."""
         for t in self._changing():
             t.copy_(snapshot[id(t)]) if id(t) in snapshot else t.zero_()
+
+
+def record(warm_up: Callable[[], Any], body: Callable[[], None], device: torch.device) -> Any:
+    """A graph that does what the body does; the generator's state is left as it was."""
+    random = torch.cuda.get_rng_state(device)
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            warm_up()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    torch.cuda.set_rng_state(random, device)
+    return graph
 
 
 def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
