@@ -21,7 +21,8 @@ PHASES = ("forward", "backward", "both")
 class Case:
     """One op at one shape and dtype.
 
-    shape: linear_act (M, N, K), of classes (rows, classes, ...), of yes and no (elements,) or (rows, classes)
+    shape: linear_act (M, N, K), conv2d_act (images, channels in, channels out, height and width, kernel), of classes
+        (rows, classes, ...), of yes and no (elements,) or (rows, classes)
     precision: torch's float32 matmul precision
     threshold: the least ratio to stock eager, in device time of each phase and in wall time of both
     target: the ratio of both phases that a later version promises
@@ -48,9 +49,10 @@ class Case:
     @property
     def matrix_rate(self) -> str | None:
         """The ceiling that its FLOPs meet, or None where only bytes count."""
-        if self.op != "linear_act":
+        if self.op not in ("linear_act", "conv2d_act"):
             return None
-        kind = "bf16" if self.dtype == "bfloat16" else "tf32" if self.precision == "high" else "fp32"
+        high = self.precision == "high" or self.op == "conv2d_act"  # cuDNN's default
+        kind = "bf16" if self.dtype == "bfloat16" else "tf32" if high else "fp32"
         return f"{kind}, TFLOP/s"
 
     def work(self, phase: str) -> "Work":
@@ -61,6 +63,8 @@ class Case:
 
     def tiny(self) -> "Case":
         """The same code at a shape for a dry run."""
+        if self.op == "conv2d_act":  # in 16 bits torch rounds before it adds b on a GPU, but not on a CPU
+            return replace(self, shape=tuple(min(n, 8) for n in self.shape), dtype="float32", target=None)
         return replace(self, shape=tuple(min(n, 40) for n in self.shape), target=None)
 
 
@@ -126,6 +130,34 @@ def _linear_backward(case: Case) -> Work:
     return Work((2 * M * N + 2 * M * K + 2 * N * K + N) * case.torch_dtype.itemsize, 4 * M * N * K)
 
 
+def _conv2d_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    _, inputs, outputs, _, kernel = case.shape
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding="same"), ACTIVATIONS[case.activation].build())
+
+
+def _conv2d_inputs(case: Case) -> tuple[Tensor]:
+    N, channels, _, size, _ = case.shape
+    return (torch.randn(N, channels, size, size, dtype=case.torch_dtype),)
+
+
+def _conv2d_formula(case: Case) -> Callable[..., Tensor]:
+    activation = ACTIVATIONS[case.activation]
+    parameters = activation.parameters({})
+    return lambda x, w, b: activation.reference(F.conv2d(x, w, b, padding="same"), *parameters)
+
+
+def _conv2d_work(passes: int, products: int) -> Callable[[Case], Work]:
+    """Passes over x, W and y each, with b, and products as torch takes them."""
+
+    def work(case: Case) -> Work:
+        N, inputs, outputs, size, kernel = case.shape
+        places, weights = N * size**2, inputs * outputs * kernel**2
+        elements = passes * (places * (inputs + outputs) + weights) + outputs
+        return Work(elements * case.torch_dtype.itemsize, products * 2 * places * weights)
+
+    return work
+
+
 def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Callable[[Case], Work]:
     """Passes over the logits' shape and operations on each element, with a label a row."""
 
@@ -172,6 +204,13 @@ OPS = {
         formula=_linear_formula,
         forward=_linear_forward,
         backward=_linear_backward,
+    ),
+    "conv2d_act": Op(
+        module=_conv2d_module,
+        inputs=_conv2d_inputs,
+        formula=_conv2d_formula,
+        forward=_conv2d_work(1, products=1),
+        backward=_conv2d_work(2, products=2),  # reads dy, y, x and W, writes dx, dW and db
     ),
     "cross_entropy": Op(
         module=lambda nn, case: nn.CrossEntropyLoss(),
@@ -302,6 +341,8 @@ CASES = (
     Case("bce", (2**26,), "float32"),
     Case("multilabel_soft_margin", (2**16, 1000), "float32", target=3.9),
     Case("prelu", (2**15, 1024), "bfloat16"),
+    Case("conv2d_act", (64, 64, 256, 56, 1), "bfloat16", "relu"),
+    Case("conv2d_act", (16, 50, 120, 28, 7), "float32", "relu"),
 )
 # fmt: on
 

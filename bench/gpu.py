@@ -172,9 +172,16 @@ def steps(run: Run, deadline: float) -> dict:
     return _units(run, "steps", [step.name for step in STEPS], deadline)
 
 
+def fits(run: Run, deadline: float) -> dict:
+    from bench.fits import FITS
+
+    return _units(run, "fits", [fit.name for fit in FITS], deadline)
+
+
 SECTIONS = (
     Section("tests", tests, 0.40),
     Section("ceilings", ceilings, 0.07),
+    Section("fits", fits, 0.10),
     Section("ops", ops, 0.43),
     Section("steps", steps, 0.10),
     Section("interpreted", interpreted, 0.10, dry_only=True),
@@ -298,9 +305,12 @@ def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
     """One unit of the job's kind; `seconds` is its share of what is left."""
     if job["kind"] == "facts":
         return _facts(device)
+    from bench import fits as fits_of_bench
     from bench import measure
     from bench.cases import STEPS
 
+    if job["kind"] == "fits":
+        return fits_of_bench.measure_fit({fit.name: fit for fit in fits_of_bench.FITS}[name], device, job["dry"])
     effort = measure.DRY if job["dry"] else measure.FULL
     if job["kind"] == "ceilings":
         return measure.CEILINGS[name](device, effort)

@@ -110,7 +110,16 @@ def failures(record: dict) -> list[str]:
         for case, result in section.get("results", {}).items():
             if isinstance(result, dict) and result.get("verdict", "accurate") != "accurate":
                 found.append(f"{name}: {case}: {result['verdict']}, {result.get('errors') or result['costs']}")
+    if not record["dry"]:
+        slow = {name: run for name, run in fits(record).items() if run["took"] > run["seconds"]}
+        found += [f"{name}: missed: took {run['took']:.3g} s of {run['seconds']:g}" for name, run in slow.items()]
     return found + [f"{row.case}, {row.phase}: {row.threshold}" for row in rows(record) if row.missed]
+
+
+def fits(record: dict) -> dict[str, dict]:
+    """The whole training runs that were timed, by name."""
+    results = record["sections"].get("fits", {}).get("results", {})
+    return {name: result for name, result in results.items() if "took" in result}
 
 
 def markdown(record: dict) -> str:
@@ -124,6 +133,8 @@ def markdown(record: dict) -> str:
         parts.append(f"## {name}\n\n{_summary(section)}")
     if table := list(rows(record)):
         parts += [f"## times\n\n{LEGEND}", _table(_FULL, table)]
+    if runs := fits(record):
+        parts += ["## whole training runs", _fits_table(runs)]
     parts.append("## not good\n\n" + ("\n".join(f"- {line}" for line in failures(record)) or "Nothing."))
     return "\n\n".join(parts) + "\n"
 
@@ -194,6 +205,16 @@ def _table(columns: tuple, table: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _fits_table(runs: dict[str, dict]) -> str:
+    """Seconds of each run, compilation apart, and a step against stock's loop on rows that are on the device."""
+    lines = [["run", "steps", "seconds", "target", "µs a step", "stock's loop", "stock / fusedact"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, run in runs.items():
+        times = [f"{run[key]:.4g}" for key in ("took", "seconds", "step_us", "stock_step_us")]
+        lines.append([name, f"{run['steps']:,}", *times, f"{run['stock_step_us'] / run['step_us']:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def newest(results: Path) -> tuple[Path, dict] | None:
     """The latest record of a GPU with ops in it; a dry run is none."""
     records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
@@ -222,7 +243,8 @@ def _readme_table(results: Path) -> str:
     machine = record["machine"]
     where = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {record['date'][:10]}"
     source = f"{where}: `python bench/gpu.py`, record `bench/results/{path.name}`. Device time, cold."
-    return f"{source}\n\n{_table(_SHORT, [row for row in rows(record) if row.phase != 'backward'])}"
+    table = _table(_SHORT, [row for row in rows(record) if row.phase != "backward"])
+    return "\n\n".join([source, table, *([_fits_table(runs)] if (runs := fits(record)) else [])])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -123,6 +123,7 @@ OPTIONS = {  # of both commands: the fields of Settings that a user may give
     "logits": Annotated[
         bool | None, typer.Option("--logits", help="binary: BCE on logits in place of Sigmoid and BCELoss.")
     ],
+    "rows": Annotated[int | None, typer.Option(min=1, help="MNIST: train on the first so many images alone.")],
     "raw_pixels": Annotated[
         bool | None, typer.Option("--raw-pixels", help="Test MNIST on 0..255, as the tutorial does.")
     ],
@@ -304,7 +305,8 @@ def _sweep(trainer: type[Trainer], out: Path, device: str, threads: int, epochs:
             device=device,
             progress=lambda done: progress.update(bar, completed=done),
         )
-    shown = sorted({round(len(swept.epochs) * i / 4) - 1 for i in range(1, 5)})
+    last = len(swept.epochs) - 1
+    shown = [look for look, epoch in enumerate(swept.epochs) if epoch in (10, 100, 1000) or look == last]
     table = Table("lr", *(f"by epoch {swept.epochs[look]:,}" for look in shown))
     table.title = f"share of {SWEPT:,} initializations that have learned XOR ({swept.engine})"
     for lr, shares in zip(swept.lrs, swept.shares.tolist(), strict=True):

@@ -42,7 +42,7 @@ def test_dry_run_exercises_every_section(tmp_path):
     path = Path(last.removeprefix("DRY RUN record "))
     record = json.loads(path.read_text())
     assert record["dry"] is True
-    assert set(record["sections"]) == {"tests", "ceilings", "ops", "steps", "interpreted"}
+    assert set(record["sections"]) == {"tests", "ceilings", "fits", "ops", "steps", "interpreted"}
     assert record["sections"]["tests"]["collected"] > 100
     assert len(record["sections"]["ops"]["results"]) == len(record["sections"]["interpreted"]["results"]) > 10
     assert path.name.startswith("dry-run-")
@@ -115,6 +115,8 @@ def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0):
     errors = {"stock": [1e-7], "fusedact": [1e-7]}
     result = {"threshold": 0.97, "verdict": "accurate", "errors": errors, "phases": phases}
     timing = {"seconds": 1.0, "limit": 2.0, "state": ""}
+    fit = {"verdict": "accurate", "steps": 1000, "took": fused / 100, "seconds": 1.0, "step_us": 500.0}
+    fit |= {"stock_step_us": 1000.0, "costs": {}}
     return {
         "kind": "gpu",
         "dry": dry,
@@ -123,6 +125,7 @@ def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0):
         "machine": {"device": "SYNTHETIC", "torch": "0", "triton": "0"},
         "sections": {
             "ceilings": {"results": {"copy, GB/s": 4000.0}} | timing,
+            "fits": {"results": {"synthetic run": fit}} | timing,
             "ops": {"results": {"synthetic op": result}} | timing,
         },
     }
@@ -133,6 +136,7 @@ def test_thresholds_are_judged(bench):
     assert report.failures(synthetic_record()) == []
     slow = synthetic_record(fused=200.0)
     assert "synthetic op, both: missed: device 0.500, wall 0.500" in report.failures(slow)
+    assert "synthetic run: missed: took 2 s of 1" in report.failures(slow)
     assert report.failures(slow | {"dry": True}) == []
     assert "missed: device 0.500" in report.markdown(slow)
     slow["sections"]["ops"]["results"]["synthetic op"]["verdict"] = "wrong"
@@ -160,6 +164,7 @@ def test_readme_table_comes_from_the_newest_record(bench, tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "new.json" in text and "SYNTHETIC" in text
     assert "| synthetic op | both | 100 | 50 | 2.000 |  | 50% |" in text
+    assert "| synthetic run | 1,000 | 0.5 | 1 | 500 | 1000 | 2.0 |" in text
 
     readme.write_text(text.replace("2.000", "3.000", 1))
     assert report.main([*arguments, "--check"]) == 1

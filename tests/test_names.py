@@ -21,6 +21,7 @@ OURS = {
         "BCEWithLogitsLoss",
         "MultiLabelSoftMarginLoss",
         "CrossEntropyLoss",
+        "Conv2d",
         "Linear",
         "Sequential",
         "functional",
@@ -30,6 +31,7 @@ OURS = {
         "binary_cross_entropy_with_logits",
         "multilabel_soft_margin_loss",
         "cross_entropy",
+        "conv2d",
         "linear",
     },
 }
@@ -106,7 +108,7 @@ def test_star_import_gives_both():
         "-c",
         "from fusedact.nn import *; import fusedact.nn, torch\n"
         "assert Linear is fusedact.nn.Linear and functional is fusedact.functional\n"
-        "assert Conv2d is torch.nn.Conv2d and init is torch.nn.init\n"
+        "assert Conv3d is torch.nn.Conv3d and init is torch.nn.init\n"
         "missing = [n for n in dir(torch.nn) if n[0] != '_' and n not in globals()]\n"
         "assert not missing, missing\n"
         "assert not any(n.startswith('__') and hasattr(torch.nn, n) for n in fusedact.nn.__all__)",
@@ -135,6 +137,7 @@ from fusedact.nn import Parameter, init
 
 x = torch.ones(2, 3, 8, 8)
 reveal_type(nn.Conv2d(3, 4, 1))
+reveal_type(nn.Conv3d(3, 4, 1))
 reveal_type(nn.functional.relu(x))
 reveal_type(F.cross_entropy(x, x))
 reveal_type(nn.Linear(3, 4, activation="relu"))
@@ -146,7 +149,8 @@ nn.Linear(3, 4, activation=5)
 nn.Lineal(3, 4)
 """
 REVEALED = [
-    "torch.nn.modules.conv.Conv2d",
+    "fusedact.nn.convolution.Conv2d",
+    "torch.nn.modules.conv.Conv3d",
     "torch._tensor.Tensor",
     "torch._tensor.Tensor",
     "fusedact.nn.linear.Linear",

@@ -216,13 +216,13 @@ class Passes:
     def _loss_gradient(self, step: int, clamped: bool) -> list[Call]:
         """dz of the last layer, but for the scale."""
         y, target, dz, clamp = self.outputs[step], self.targets[step], self.dz[-1], self.clamp
-        name = self.objective.name
+        name, calls = self.objective.name, list[Call]()
         if name == "cross_entropy":
-            calls = [partial(torch.softmax, y, 0, out=dz), partial(dz.sub_, target)]
+            calls += [partial(torch.softmax, y, 0, out=dz), partial(dz.sub_, target)]
         elif name == "binary_cross_entropy_with_logits":
-            calls = [partial(torch.sigmoid, y, out=dz), partial(dz.sub_, target)]
+            calls += [partial(torch.sigmoid, y, out=dz), partial(dz.sub_, target)]
         else:
-            calls = [partial(torch.sub, y, target, out=dz)]
+            calls += [partial(torch.sub, y, target, out=dz)]
         if name != "binary_cross_entropy":
             return calls + self._derivative(self.layers[-1], len(self.layers) - 1, y)
         variance = [partial(torch.sub, self.one, y, out=clamp), partial(clamp.mul_, y)]  # p (1 - p)
@@ -235,7 +235,7 @@ class Passes:
             partial(clamp.clamp_max_, 1),
             partial(dz.mul_, clamp),
         ]
-        return calls + clamps if clamped else calls
+        return [*calls, *clamps] if clamped else calls
 
     def _scale(self) -> float:
         numbers = self.size * (1 if self.objective.labels else self.outputs.shape[1])

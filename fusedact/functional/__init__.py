@@ -36,6 +36,7 @@ from fusedact.functional.binary_losses import binary_cross_entropy_with_logits a
 from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
+from fusedact.functional.products import conv2d as conv2d
 from fusedact.functional.products import linear as linear
 from fusedact.functional.softmaxes import log_softmax as log_softmax
 from fusedact.functional.softmaxes import softmax as softmax

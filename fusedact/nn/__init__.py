@@ -32,6 +32,7 @@ from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
+from fusedact.nn.convolution import Conv2d as Conv2d
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fusedact.nn.loss import NLLLoss as NLLLoss

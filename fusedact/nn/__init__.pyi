@@ -29,7 +29,6 @@ from torch.nn import ConstantPad2d as ConstantPad2d
 from torch.nn import ConstantPad3d as ConstantPad3d
 from torch.nn import Container as Container
 from torch.nn import Conv1d as Conv1d
-from torch.nn import Conv2d as Conv2d
 from torch.nn import Conv3d as Conv3d
 from torch.nn import ConvTranspose1d as ConvTranspose1d
 from torch.nn import ConvTranspose2d as ConvTranspose2d
@@ -177,6 +176,7 @@ from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
+from fusedact.nn.convolution import Conv2d as Conv2d
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fusedact.nn.loss import NLLLoss as NLLLoss

@@ -1,17 +1,18 @@
-"""Sequential, as torch.nn.Sequential, with each Linear and the activation after it as one op."""
+"""Sequential, as torch.nn.Sequential, with each Linear or Conv2d and the activation after it as one op."""
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from fusedact import backend, functional
 from fusedact.activations import of_module
+from fusedact.nn.convolution import Conv2d, convolved
 from fusedact.nn.hooks import is_plain
 from fusedact.nn.linear import Linear
 
 
 class Sequential(torch.nn.Sequential):
-    """Modules in a row; a Linear (torch's or ours) followed by a known activation runs as one launch.
+    """Modules in a row; a Linear or Conv2d (torch's or ours) runs as one op with a known activation after it.
 
     A pair with a hook on either, a subclass of either, or a replaced forward runs as torch.nn.Sequential runs it.
     Source: torch.nn.Sequential.
@@ -27,7 +28,7 @@ class Sequential(torch.nn.Sequential):
         while at < len(modules):
             module = modules[at]
             if at + 1 < len(modules) and _is_pair(module, modules[at + 1]):
-                input = functional.linear(input, module.weight, module.bias, activation=modules[at + 1])
+                input = _activated(module, input, modules[at + 1])
                 at += 2
             else:
                 input = module(input)
@@ -35,8 +36,17 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-def _is_pair(linear: torch.nn.Module, activation: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
-    kind = type(linear)
-    if kind is not torch.nn.Linear and not (kind is Linear and linear.activation is None):
+def _is_pair(product: torch.nn.Module, activation: torch.nn.Module) -> bool:
+    kind = type(product)
+    if kind is Linear or kind is Conv2d:
+        if product.activation is not None:
+            return False
+    elif kind is not torch.nn.Linear and kind is not torch.nn.Conv2d:
         return False
-    return of_module(activation) is not None and is_plain(linear) and is_plain(activation)
+    return of_module(activation) is not None and is_plain(product) and is_plain(activation)
+
+
+def _activated(product: Any, input: torch.Tensor, activation: torch.nn.Module) -> torch.Tensor:
+    if isinstance(product, torch.nn.Linear):
+        return functional.linear(input, product.weight, product.bias, activation=activation)
+    return convolved(product, input, activation)

@@ -27,7 +27,6 @@ from torch.nn.functional import bilinear as bilinear
 from torch.nn.functional import celu_ as celu_
 from torch.nn.functional import channel_shuffle as channel_shuffle
 from torch.nn.functional import conv1d as conv1d
-from torch.nn.functional import conv2d as conv2d
 from torch.nn.functional import conv3d as conv3d
 from torch.nn.functional import conv_tbc as conv_tbc
 from torch.nn.functional import conv_transpose1d as conv_transpose1d
@@ -138,6 +137,7 @@ from fusedact.functional.binary_losses import binary_cross_entropy_with_logits a
 from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
+from fusedact.functional.products import conv2d as conv2d
 from fusedact.functional.products import linear as linear
 from fusedact.functional.softmaxes import log_softmax as log_softmax
 from fusedact.functional.softmaxes import softmax as softmax

@@ -16,6 +16,7 @@ from fusedact.trainers.loop import Epoch as Epoch
 from fusedact.trainers.loop import Evaluation as Evaluation
 from fusedact.trainers.loop import Settings as Settings
 from fusedact.trainers.loop import Trainer as Trainer
+from fusedact.trainers.mnist_cnn import MnistCnn as MnistCnn
 from fusedact.trainers.mnist_mlp import MnistMlp as MnistMlp
 from fusedact.trainers.mnist_softmax import MnistSoftmax as MnistSoftmax
 from fusedact.trainers.perceptron import Perceptron as Perceptron
@@ -25,5 +26,5 @@ from fusedact.trainers.xor import Xor as Xor
 LAYERS = {"stock": torch.nn, "fused": fusedact.nn}
 
 TRAINERS: dict[str, type[Trainer]] = {
-    trainer.name: trainer for trainer in (Binary, Perceptron, Xor, Worked, MnistSoftmax, MnistMlp)
+    trainer.name: trainer for trainer in (Binary, Perceptron, Xor, Worked, MnistSoftmax, MnistMlp, MnistCnn)
 }

@@ -27,6 +27,7 @@ class Settings:
     seed: of torch's global generator, or of the split that reseeds it (binary)
     data: a CSV file (binary, perceptron, xor) or a folder of IDX files (MNIST); None: made, or embedded
     start: every parameter, flattened in the model's order, in place of the drawn ones
+    rows: of MNIST's training images, the first so many; None: all
     raw_pixels: evaluate MNIST on 0..255 as the tutorial does, though it trains on 0..1
     standardize, logits: of binary: inputs of mean 0 and deviation 1; BCE on logits in place of Sigmoid and BCELoss
     engine: of `fusedact.fit` by name, "auto" for the fastest that can, or "tutorial"
@@ -40,6 +41,7 @@ class Settings:
     data: Path | None = None
     download: bool = False
     start: tuple[float, ...] | None = None
+    rows: int | None = None
     raw_pixels: bool = False
     standardize: bool = False
     logits: bool = False

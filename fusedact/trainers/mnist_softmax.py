@@ -28,7 +28,8 @@ class MnistSoftmax(Trainer):
         mnist = data.mnist(self.settings.data, download=self.settings.download)
         self.source = mnist.source
         device = self.settings.device
-        self.x, self.y = _pixels(mnist.train_images).to(device) / 255, mnist.train_labels.to(device)
+        rows = self.settings.rows
+        self.x, self.y = _pixels(mnist.train_images[:rows]).to(device) / 255, mnist.train_labels[:rows].to(device)
         self.x_test, self.y_test = _pixels(mnist.test_images).to(device), mnist.test_labels.to(device)
         if not self.settings.raw_pixels:
             self.x_test /= 255

@@ -55,7 +55,9 @@ class Case:
 
 
 # By name, what is none of the kernels' and why. All other samples are fused.
-LEFT_TO_TORCH = dict.fromkeys(("linear", "nn.Linear"), "linear without an activation is torch's")
+LEFT_TO_TORCH = dict.fromkeys(
+    ("linear", "nn.Linear", "conv2d", "nn.Conv2d"), "a product without an activation is torch's"
+)
 
 
 def launches_of(y: Any, grads: tuple = (), linear: bool = False) -> int:

@@ -215,6 +215,9 @@ def out(function: Function) -> Case:
     for info in function.infos:
         for sample in info.sample_inputs(DEVICE, torch.float32):
             outs = [torch.empty_like(run(function.stock, sample)) for _ in range(2)]
+            if isinstance(outcome(run, partial(function.stock, out=outs[0]), sample).error, TypeError):
+                case.skipped = "torch's has none"
+                return case
             stock, ours = (
                 outcome(run, partial(f, out=y), sample)
                 for f, y in zip((function.stock, function.ours), outs, strict=True)
