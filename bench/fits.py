@@ -3,7 +3,9 @@
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -50,50 +52,43 @@ def measure_fit(fit: Fit, device: torch.device, dry: bool) -> dict:
     Dry, on a CPU: an epoch of `steps`, of which nothing is judged.
     """
     torch.set_float32_matmul_precision("highest")
-    runs = {
-        "fit": _training(fit, device, dry, "steps" if dry else fit.engine),
-        "stock": _training(fit, device, dry, "loop"),
-    }
-    costs = {name: run.slice(1)[0, :LOOKED_AT].double().cpu() for name, run in runs.items()}
-    result = asdict(fit) | {"costs": {name: c.tolist() for name, c in costs.items()}}
-    tolerance = 2e-2 if fit.precision == "bf16" else 1e-3
-    if not torch.allclose(costs["fit"], costs["stock"], rtol=tolerance, atol=1e-6):
-        return result | {"verdict": "wrong"}
-    steps_an_epoch = _rows(fit, dry) // TRAINERS[fit.trainer].defaults.batch_size
-    epochs = 1 if dry else max(1, fit.steps // steps_an_epoch)
-    _seconds(runs["fit"], epochs)  # compiled, and cut into launches as it will be
-    rounds = [(_seconds(runs["fit"], epochs), _seconds(runs["stock"], 1)) for _ in range(1 if dry else ROUNDS)]
-    seconds, stock = (statistics.median(column) for column in zip(*rounds, strict=True))
-    return result | {
-        "verdict": "accurate",
-        "took": seconds,
-        "step_us": 1e6 * seconds / (epochs * steps_an_epoch),
-        "stock_step_us": 1e6 * stock / steps_an_epoch,
-    }
-
-
-def _rows(fit: Fit, dry: bool) -> int:
-    batch = TRAINERS[fit.trainer].defaults.batch_size
-    return 10 * batch if dry else fit.rows // batch * batch
-
-
-def _training(fit: Fit, device: torch.device, dry: bool, engine: str) -> Training:
     kind = TRAINERS[fit.trainer]
-    trainer = kind(LAYERS["stock"], replace(kind.defaults, device=str(device), engine="loop"))
-    rows = _rows(fit, dry)
-    repeated = [t.repeat(-(-rows // len(t)), *[1] * (t.dim() - 1))[:rows] for t in (trainer.x, trainer.y)]
-    return Training(
-        copy.deepcopy(trainer.model), *repeated, loss=trainer.criterion,
-        optimizer=lambda parameters: type(trainer.optimizer)(parameters, lr=kind.defaults.lr),
-        batch_size=kind.defaults.batch_size, generator=torch.Generator().manual_seed(0), engine=engine,
-        precision=None if dry else fit.precision,
-    )  # fmt: skip
+    trainer = kind(LAYERS["stock"], replace(kind.defaults, device=str(device), engine="plain"))
+    size = trainer.settings.batch_size
+    rows = 10 * size if dry else fit.rows // size * size
+    x, y = (t.repeat(-(-rows // len(t)), *[1] * (t.dim() - 1))[:rows] for t in (trainer.x, trainer.y))
+
+    def training(engine: str, precision: str | None = None) -> Training:
+        made = partial(type(trainer.optimizer), lr=trainer.settings.lr)
+        return Training(
+            copy.deepcopy(trainer.model), x, y, loss=trainer.criterion, optimizer=made, batch_size=size,
+            generator=torch.Generator().manual_seed(0), engine=engine, precision=precision,
+        )  # fmt: skip
+
+    def stock() -> None:
+        for visited in torch.randperm(rows, device=device).split(size):
+            trainer.step(x[visited], y[visited])
+
+    run = training("steps") if dry else training(fit.engine, fit.precision)
+    costs = {
+        name: each.slice(1)[0, :LOOKED_AT].double().cpu() for name, each in (("fit", run), ("loop", training("loop")))
+    }
+    result = asdict(fit) | {"costs": {name: c.tolist() for name, c in costs.items()}}
+    if not torch.allclose(costs["fit"], costs["loop"], rtol=2e-2 if fit.precision == "bf16" else 1e-3, atol=1e-6):
+        return result | {"verdict": "wrong"}
+    epochs = 1 if dry else max(1, fit.steps * size // rows)
+    run.train(epochs)  # compiled, and cut into launches as it will be
+    rounds = [(_seconds(partial(run.train, epochs)), _seconds(stock)) for _ in range(1 if dry else ROUNDS)]
+    took, stock_epoch = (statistics.median(column) for column in zip(*rounds, strict=True))
+    steps = rows // size
+    times = {"took": took, "step_us": 1e6 * took / (epochs * steps), "stock_step_us": 1e6 * stock_epoch / steps}
+    return result | {"verdict": "accurate"} | times
 
 
-def _seconds(run: Training, epochs: int) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     _wait()
     started = time.perf_counter()
-    run.train(epochs)
+    call()
     _wait()
     return time.perf_counter() - started
 

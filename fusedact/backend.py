@@ -130,6 +130,12 @@ def chip(device: torch.device) -> tuple[int, int]:
     return shared, properties.warp_size
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a grid surely run at once. In the interpreter one does: they run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """x's GPU made current where it is not: a launch goes to the current one."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

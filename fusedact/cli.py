@@ -27,12 +27,13 @@ from torch import Tensor
 import fusedact
 from fusedact.backend import uses_triton
 from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
+from fusedact.trainers.loop import PLAIN, TUTORIAL
 from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
 from fusedact.trainers.runs import train as runs_in_turn
 from fusedact.trainers.sweep import EPOCHS as SWEPT_EPOCHS
 from fusedact.trainers.sweep import save_sweep, sweep_xor
 
-COMPARED = {"tutorial": ("stock", "tutorial"), "stock": ("stock", "loop"), "fused": ("fused", "loop")}
+COMPARED = {"tutorial": ("stock", TUTORIAL), "stock": ("stock", PLAIN), "fused": ("fused", PLAIN)}
 SWEPT = 1000  # seeds
 MOST_ROWS = 20  # of epochs in a table; of longer runs it shows the first and every tenth part
 COLUMNS = (
@@ -100,8 +101,8 @@ def _folder(path: str) -> Path:
 
 Name = Annotated[Any, typer.Argument(parser=_trainer, metavar="NAME", help=" | ".join(TRAINERS))]
 Engine = Annotated[
-    Literal["auto", "persistent", "graph", "steps", "loop", "tutorial"],
-    typer.Option(help="What trains: auto for the fastest that can, tutorial for its own loop and data loader."),
+    Literal["auto", "persistent", "graph", "steps", "loop", "plain", "tutorial"],
+    typer.Option(help="What trains: auto for the fastest that can; tutorial, or plain without its data loader."),
 ]
 Layers = Annotated[Literal["stock", "fused"], typer.Option(help="torch.nn's or fusedact.nn's.")]
 OPTIONS = {  # of both commands: the fields of Settings that a user may give
@@ -203,7 +204,7 @@ def compare(
     """
     out = out or _folder(f"runs/{trainer.name}")
     if sweep:
-        _sweep(trainer, out, device, threads, options["epochs"])
+        _sweep(trainer, out, device, threads, **options)
         return
     runs = _prepare(trainer, COMPARED | {"fit": ("stock", engine)}, threads, checkpoint_every, device=device, **options)
     paths = _train(runs, out, checkpoint_every, resume)
@@ -277,25 +278,34 @@ def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> lis
 
         try:
             return runs_in_turn(runs, out, every, show)
-        except KeyboardInterrupt:
-            print(*save(runs, out), sep="\n")
-            raise typer.Exit(130) from None
-        except FloatingPointError as fault:
-            save(runs, out)
-            raise typer.BadParameter(str(fault)) from fault
+        except BaseException as fault:
+            paths = save(runs, out)
+            if isinstance(fault, KeyboardInterrupt):
+                print(*paths, sep="\n")
+                raise typer.Exit(130) from None
+            if isinstance(fault, FloatingPointError):
+                raise typer.BadParameter(str(fault)) from fault
+            raise
 
 
 def _resume(runs: Runs, out: Path) -> None:
-    for label, run in runs.items():
+    """Those that have a checkpoint go on from it; one at least must have."""
+    paths = {label: checkpoint_path(out, run.trainer.name, label) for label, run in runs.items()}
+    if not any(path.exists() for path in paths.values()):
+        raise typer.BadParameter(f"{' and '.join(map(str, paths.values()))}: no checkpoint to go on from")
+    for label, path in paths.items():
         try:
-            run.resume(checkpoint_path(out, run.trainer.name, label))
+            if path.exists():
+                runs[label].resume(path)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
 
 
-def _sweep(trainer: type[Trainer], out: Path, device: str, threads: int, epochs: int | None) -> None:
+def _sweep(trainer: type[Trainer], out: Path, device: str, threads: int, epochs: int | None, **options: Any) -> None:
     if trainer is not Xor:
         raise typer.BadParameter(f"--sweep is xor's, not {trainer.name}'s")
+    if unused := [name for name, value in options.items() if value is not None]:
+        raise typer.BadParameter(f"--sweep takes --epochs, --device, --threads and --out, not --{unused[0]}")
     torch.set_num_threads(threads)
     with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("sweep", total=epochs or SWEPT_EPOCHS, cost="")

@@ -14,7 +14,7 @@ import torch
 
 from fusedact.__main__ import main
 from fusedact.cli import COMPARED
-from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint
+from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint, save_checkpoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -253,7 +253,25 @@ def test_another_runs_checkpoint_is_refused(clean_folder, capsys):
     assert main(["train", "xor", "--epochs", "2", "--out", "out", "--resume", "--lr", "3"]) == 2
     assert "xor-fused.pt: is of a run with lr 0.1, not 3.0" in capsys.readouterr().err
     assert main(["train", "xor", "--out", "elsewhere", "--resume"]) == 2
-    assert "elsewhere/xor-fused.pt" in capsys.readouterr().err
+    assert "elsewhere/xor-fused.pt: no checkpoint to go on from" in capsys.readouterr().err
+    assert main(["train", "xor", "--epochs", "1", "--out", "out", "--resume"]) == 0
+    assert main(["train", "xor", "--epochs", "3", "--out", "out"]) == 0
+    assert main(["train", "xor", "--epochs", "2", "--out", "out", "--resume"]) == 2
+    assert "has 3 epochs, more than the 2 asked for" in capsys.readouterr().err
+    save_checkpoint(
+        clean_folder / "out/xor-fused.pt", TRAINERS["xor"](LAYERS["fused"], Xor.defaults).model.state_dict()
+    )
+    assert main(["train", "xor", "--epochs", "3", "--out", "out", "--resume"]) == 2
+    assert "holds no run to go on from" in capsys.readouterr().err
+
+
+def test_a_comparison_stopped_early_goes_on(clean_folder):
+    """Where some of its runs have a checkpoint and some have none yet."""
+    assert main(["compare", "xor", "--epochs", "2", "--out", "out"]) == 0
+    for way in ("fused", "fit"):
+        (clean_folder / f"out/xor-{way}.pt").unlink()
+    assert main(["compare", "xor", "--epochs", "4", "--out", "out", "--resume"]) == 0
+    assert len(metrics(clean_folder / "out/xor.csv")) == 16
 
 
 def test_a_cost_that_is_not_finite_is_one_line(clean_folder, capsys):
@@ -278,5 +296,7 @@ def test_sweep(clean_folder, capsys, monkeypatch):
     assert (clean_folder / "out/xor-sweep.png").read_bytes().startswith(PNG)
     rows = metrics(clean_folder / "out/xor-sweep.csv")
     assert len(rows) == 15 and set(rows[0]) == {"lr", "seed", "solved_by", "cost"}
+    assert main(["compare", "xor", "--sweep", "--lr", "3"]) == 2
+    assert "--sweep takes --epochs, --device, --threads and --out, not --lr" in capsys.readouterr().err
     assert main(["compare", "binary", "--sweep"]) == 2
     assert capsys.readouterr().err == "fusedact: Invalid value: --sweep is xor's, not binary's\n"

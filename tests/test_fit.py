@@ -1,6 +1,10 @@
 """`fit` against the stock loop over a DataLoader: batches, costs, weights, the optimizer's state; faults; choices."""
 
 import copy
+import math
+import re
+import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -190,10 +194,13 @@ def test_a_fault_in_a_later_epoch_is_found():
     x, y = torch.ones(8, 1), torch.zeros(8, 1)
     model = nn.Linear(1, 1)
     options = {"loss": nn.MSELoss(), "lr": 2.0, "batch_size": 2}
+    training = Training(model, x, y, optimizer=torch.optim.SGD, **options)
+    training._epochs_per_slice = 100
     with pytest.raises(FloatingPointError, match=r"at epoch (\d+), step (\d+)") as fault:
-        fit(model, x, y, optimizer=torch.optim.SGD, epochs=100, **options)
+        training.slice(100)
     weights = model.weight.item()
     assert abs(weights) < float("inf")
+    assert f"epoch {len(training.fitted.costs) + 1}," in str(fault.value)
     with pytest.raises(FloatingPointError, match=r"at epoch 1, step 1;"):
         fit(model, x, y, optimizer=torch.optim.SGD, epochs=1, **options)
     assert model.weight.item() == weights and "epoch 1," not in str(fault.value)
@@ -224,6 +231,7 @@ def test_callback_sees_a_model_that_is_up_to_date():
         (nn.Sequential(nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))), {}, r"layer '0.1' \(BatchNorm1d\)"),
         (nn.Linear(3, 1), {"loss": nn.L1Loss()}, "loss L1Loss is not supported; BCELoss, "),
         (nn.Linear(3, 1), {"loss": nn.MSELoss(reduction="none")}, "MSELoss with reduction='none'"),
+        (nn.Linear(3, 1), {"loss": nn.CrossEntropyLoss(ignore_index=1)}, "CrossEntropyLoss with ignore_index is not"),
         (nn.Linear(3, 1), {"loss": nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))}, "with pos_weight is not"),
         (nn.Linear(3, 1), {"optimizer": torch.optim.RMSprop}, "RMSprop is not supported; SGD, Adam, AdamW are"),
         (nn.Linear(3, 1), {"optimizer": partial(torch.optim.Adam, amsgrad=True)}, "Adam with amsgrad=True"),
@@ -265,6 +273,112 @@ def test_what_steps_cannot_is_the_loops_and_torchs_own_errors_stay():
         )  # fmt: skip
 
 
+def clip(optimizer):
+    """As a user may replace its step."""
+    step = optimizer.step
+
+    def clipped(*args):
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1e-3)
+        return step(*args)
+
+    optimizer.step = clipped
+
+
+@pytest.mark.parametrize(
+    ("watch", "reason"),
+    [
+        (lambda model, optimizer: model[0].weight.register_hook(lambda g: g / 2), "parameters with hooks"),
+        (
+            lambda model, optimizer: model[0].weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2)),
+            "parameters with hooks",
+        ),
+        (lambda model, optimizer: optimizer.register_step_pre_hook(lambda *a: None), "its step replaced"),
+        (lambda model, optimizer: optimizer.register_step_post_hook(lambda *a: None), "its step replaced"),
+        (lambda model, optimizer: clip(optimizer), "its step replaced"),
+        (lambda model, optimizer: optimizer.state[model[0].bias].update(step=torch.tensor(5.0)), "taken .* steps"),
+    ],
+)
+def test_what_somebody_watches_is_the_loops(watch, reason):
+    x, y = torch.randn(20, 3), torch.rand(20, 1)
+    model = nn.Sequential(nn.Linear(3, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(2.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
+        }  # fmt: skip
+    watch(model, optimizer)
+    training = Training(model, x, y, loss=nn.MSELoss(), optimizer=optimizer, batch_size=4)
+    assert training.engine == "loop" and re.search(reason, training.reason)
+
+
+@pytest.mark.parametrize("engine", ["steps", "loop"])
+@pytest.mark.parametrize("change", ["scheduler", "clamp", "state"])
+def test_what_a_callback_changes_is_trained_on(change, engine):
+    x, y = torch.randn(20, 3), torch.rand(20, 1)
+    model = nn.Linear(3, 1)
+    runs = []
+    for fitted in (True, False):
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(twin.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+        def callback(_, twin=twin, optimizer=optimizer, scheduler=scheduler):
+            if change == "scheduler":
+                scheduler.step()
+            elif change == "clamp":
+                twin.weight.data.clamp_(-0.1, 0.1)
+                twin.bias.detach().fill_(0.3)
+            else:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                optimizer.state[twin.bias]["exp_avg"].fill_(1.0)
+
+        options = {"batch_size": 5, "shuffle": False}
+        if fitted:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                options |= {"callback": callback, "engine": engine}
+                fit(twin, x, y, loss=nn.MSELoss(), optimizer=optimizer, epochs=4, **options)
+        else:
+            for _ in range(4):
+                stock_loop(twin, x, y, nn.MSELoss(), optimizer, epochs=1, **options)
+                callback(None)
+        runs.append(twin.state_dict())
+    assert_same(*runs, 1e-5, 1e-6)
+
+
+def test_the_loop_takes_what_the_stock_loop_takes():
+    """A parameter without elements, a loss of shape (1,), gradients whose sum is no float32."""
+    model = nn.Sequential(nn.Linear(1, 1)).double()
+    model.empty = nn.Parameter(torch.empty(0, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-300)
+    x, y = torch.full((4, 1), 1e150, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
+    fitted = fit(
+        model, x, y, loss=lambda output, target: (output - target).square().mean()[None] * 1e-150, optimizer=optimizer,
+        epochs=2, batch_size=2, engine="loop",
+    )  # fmt: skip
+    assert len(fitted.costs) == 2 and all(math.isfinite(cost) for cost in fitted.costs)
+
+
+@pytest.mark.parametrize("engine", ["steps", "loop"])
+def test_a_batch_beyond_the_rows_is_all_of_them(engine):
+    x, y = torch.randn(20, 3), torch.rand(20, 1)
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD, "lr": 0.1, "epochs": 2, "engine": engine}
+    models = [nn.Linear(3, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, batch_size in zip(models, (20, sys.maxsize), strict=True):
+        fit(model, x, y, batch_size=batch_size, generator=torch.Generator().manual_seed(0), **options)
+    assert_same(*(model.state_dict() for model in models), 1e-5, 1e-7)
+
+
+def test_autocast_and_precision_are_refused_not_ignored():
+    x, y = torch.randn(20, 3), torch.rand(20, 1)
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD, "batch_size": 4}
+    with torch.autocast("cpu"):
+        assert "autocast" in Training(nn.Linear(3, 1), x, y, **options).reason
+    with pytest.raises(ValueError, match=r"steps: .*precision='bf16'.*; loop: .*precision='bf16'"):
+        Training(nn.Linear(3, 1), x, y, precision="bf16", **options)
+
+
 def test_one_relu_in_two_places_runs_twice():
     """`named_children` would name it once."""
     relu = nn.ReLU()
@@ -288,6 +402,7 @@ def test_an_interrupted_run_is_at_the_end_of_a_pass(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Passes, "_call", interrupted)
+    before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
         training.slice(1)
-    assert torch.equal(model.weight, kept)
+    assert torch.equal(model.weight, kept) and torch.equal(torch.get_rng_state(), before)

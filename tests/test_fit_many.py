@@ -281,7 +281,7 @@ def test_what_programs_cannot_do_is_batched_and_said(dtype, batch_size, reason, 
         ({"lrs": torch.ones(2, 1)}, "at least 0"),
         ({"inits": torch.zeros(2, 8)}, r"must be \(networks, 9\), got \(2, 8\)"),
         ({"inits": {"0.weight": torch.zeros(1, 2, 2)}}, "must have the model's parameters 0.weight, 0.bias, 2.weight"),
-        ({"lrs": [1.0], "epochs": 0}, "at least 1, got 0 and 8"),
+        ({"lrs": [1.0], "epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lrs": [1.0], "batch_size": 24, "drop_last": True}, "23 rows make no batch of 24"),
     ],
 )

@@ -13,7 +13,7 @@ from fusedact.fitting import persistent as one_launch
 
 NETWORKS = {
     "one warp": lambda: nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 1), nn.Sigmoid()),
-    "one layer": lambda: nn.Sequential(nn.Linear(150, 3), nn.Sigmoid()),
+    "one layer": lambda: nn.Sequential(nn.Linear(60, 3), nn.Sigmoid()),
     "layers": lambda: nn.Sequential(
         nn.Linear(20, 33), nn.GELU(), nn.Linear(33, 18, bias=False), nn.ReLU(), nn.Linear(18, 3)
     ),
@@ -104,14 +104,14 @@ def test_a_launch_whose_programs_waited_in_vain_is_an_error(triton_backend, devi
 
     monkeypatch.setattr(training_single, "train", given_up)
     with pytest.raises(RuntimeError, match="waited for each other in vain"):
-        fit(model, x, y, loss=nn.BCELoss(), optimizer=torch.optim.SGD, lr=0.1, epochs=1, batch_size=8)
+        Training(model, x, y, loss=nn.BCELoss(), optimizer=torch.optim.SGD, batch_size=8, engine="persistent").slice(1)
     torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
 
 
 def test_what_one_launch_cannot_hold_is_said(triton_backend, device):
     model = nn.Sequential(nn.Linear(4, 5000), nn.ReLU(), nn.Linear(5000, 3000)).to(device)
     x, y = torch.randn(8, 4, device=device), torch.randn(8, 3000, device=device)
-    with pytest.raises(ValueError, match="does not hold a network of these widths"):
+    with pytest.raises(ValueError, match="does not hold a network of widths 4-5000-3000 at batch 4"):
         fit(
             model, x, y, loss=nn.MSELoss(), optimizer=torch.optim.SGD, epochs=1, batch_size=4, engine="persistent"
         )  # fmt: skip
@@ -165,6 +165,21 @@ def test_graph_stops_before_what_is_not_finite(recorded, device):
         fit(model, x, y, epochs=2, engine="graph", **common)
     fit(twin, x[:10], y[:10], epochs=1, engine="loop", **common)
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(recorded, device, monkeypatch):
+    def record(warm_up, body, device):
+        warm_up()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(graph, "record", record)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(device)
+    x, y = rows(nn.Sequential(model[0]), device)
+    kept = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"cannot capture a step: operation not permitted when stream is capturing$"):
+        Training(model, x, y, loss=nn.MSELoss(), optimizer=torch.optim.SGD, lr=0.5, batch_size=4, engine="graph")
+    torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedact.fitting.recipe import Recipe, Unsupported
-
 
 @dataclass(frozen=True)
 class Job:
     """What is to be trained, on which rows, how many of them a step.
 
-    recipe: of what the model, the loss and the optimizer are, or why they are none that it could be read off.
     precision: of products where the engine has a choice.
     """
 
@@ -25,17 +22,26 @@ class Job:
     x: Tensor
     y: Tensor
     batch_size: int
-    recipe: Recipe | Unsupported
     precision: str | None = None
 
 
-class NotFinite(ArithmeticError):
-    """A cost or a gradient is not finite. steps: how many were taken before that one, since the call."""
+def check_batches(x: Tensor, y: Tensor, batch_size: int, drop_last: bool) -> None:
+    """ValueError for rows that do not pair, or make no batch."""
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(x) or (drop_last and batch_size > len(x)):
+        raise ValueError(f"{len(x)} rows make no batch of {batch_size}")
 
-    def __init__(self, what: str, steps: int) -> None:
+
+class NotFinite(ArithmeticError):
+    """A cost or a gradient is not finite. losses: of the steps before that one, since the call."""
+
+    def __init__(self, what: str, losses: Tensor) -> None:
         super().__init__(what)
         self.what = what
-        self.steps = steps
+        self.losses = losses
 
 
 class Engine(ABC):

@@ -1,12 +1,13 @@
 """What the engines share that train a recipe with all its numbers in one tensor."""
 
+import math
 from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from fusedact.fitting.engine import Engine, Job, NotFinite
-from fusedact.fitting.recipe import Recipe, Unsupported
+from fusedact.fitting.recipe import Recipe, Unsupported, read
 from fusedact.fitting.state import State
 
 
@@ -19,10 +20,10 @@ class FlatEngine(Engine):
         """What it trains."""
 
     def __init__(self, job: Job) -> None:
-        if isinstance(job.recipe, Unsupported):
-            raise job.recipe
-        self.job, self.recipe = job, job.recipe
-        check_rows(job.x, job.y, job.recipe)
+        self.job, self.recipe = job, read(job.model, job.loss, job.optimizer)
+        check_rows(job.x, job.y, self.recipe)
+        if torch.is_autocast_enabled(job.x.device.type):
+            raise Unsupported(f"engine {self.name!r} computes in {self.recipe.dtype}, autocast is not supported")
 
     @abstractmethod
     def advance(self, order: Tensor) -> Tensor:
@@ -48,12 +49,13 @@ class FlatEngine(Engine):
 
     def _stop_before_the_fault(self, order: Tensor) -> None:
         """Takes the steps before the first one that leaves something not finite, and raises NotFinite."""
-        size, taken = self.job.batch_size, 0
+        size, taken = self.job.batch_size, []
         for visited in order:
             before = self.state.snapshot()
             steps = -(-len(visited) // size)
-            if self._is_finite(self.advance(visited[None])):
-                taken += steps
+            losses = self.advance(visited[None])
+            if self._is_finite(losses):
+                taken.append(losses[0])
                 continue
             good, bad = 0, steps  # so many steps leave all finite; so many do not
             while bad - good > 1:
@@ -63,12 +65,12 @@ class FlatEngine(Engine):
                 good, bad = (middle, bad) if fine else (good, middle)
             self.state.restore(before)
             if good:
-                self.advance(visited[None, : good * size])
+                taken.append(self.advance(visited[None, : good * size])[0])
             last = self.state.snapshot()
             cost = self.advance(visited[None, good * size : bad * size]).item()
             self.state.restore(last)
-            finite = torch.tensor(cost).isfinite()
-            raise NotFinite("a gradient is not finite" if finite else f"the cost is {cost}", taken + good)
+            what = "a gradient, or its step, is not finite" if math.isfinite(cost) else f"the cost is {cost}"
+            raise NotFinite(what, torch.cat([losses.new_empty(0), *taken]))
 
 
 def check_rows(x: Tensor, y: Tensor, recipe: Recipe) -> None:

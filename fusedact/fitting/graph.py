@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedact import backend
 from fusedact.fitting.engine import Engine, Job
 from fusedact.fitting.loop import Loop
-from fusedact.fitting.recipe import OPTIMIZERS, Unsupported
+from fusedact.fitting.recipe import Unsupported, check_optimizer
 
 DEVICES = ("cuda",)
 MOST_STEPS = 500  # of a graph: some ten thousand launches
+MOST_BYTES = 2**28  # of the rows that a graph's steps visit
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for; they are undone
 
 
@@ -46,8 +48,7 @@ class Graph(Engine):
         order = order.to(self.job.x.device)
         before = self._snapshot()
         losses = torch.stack([self._pass(visited) for visited in order])
-        changed = [t for t in self._changing() if t.is_floating_point()]
-        if losses.isfinite().all() and all(t.isfinite().all() for t in changed):
+        if losses.isfinite().all() and all(t.isfinite().all() for t in self._marked()):
             return losses
         self._restore(before)
         return self._searched(order)
@@ -73,21 +74,29 @@ class Graph(Engine):
     def _pass(self, visited: Tensor) -> Tensor:
         size = self.job.batch_size
         full = len(visited) // size * size
-        parts = [*visited[:full].split(MOST_STEPS * size), visited[full:]]
+        row_bytes = self.job.x[0].nbytes + self.job.y[0].nbytes
+        steps = max(1, min(MOST_STEPS, MOST_BYTES // (size * row_bytes)))
+        parts = [*visited[:full].split(steps * size), visited[full:]]
         return torch.cat([self._replayed(part, min(size, len(part))) for part in parts if len(part)])
 
     def _replayed(self, rows: Tensor, size: int) -> Tensor:
         captured = self._captured(len(rows) // size, size)
         torch.index_select(self.job.x, 0, rows, out=captured.x)
         torch.index_select(self.job.y, 0, rows, out=captured.y)
-        captured.graph.replay()
+        with backend.on_device(rows):
+            captured.graph.replay()
         return captured.losses.clone()
 
     def _captured(self, steps: int, size: int) -> Captured:
         if (steps, size) not in self._graphs:
             before = self._snapshot()
-            self._graphs[steps, size] = self._capture(steps, size)
-            self._restore(before)
+            gradients = [(p, p.grad) for p in self.job.model.parameters()]
+            try:
+                self._graphs[steps, size] = self._capture(steps, size)
+            finally:  # also of a capture that failed: its first steps were taken
+                self._restore(before)
+                for p, gradient in gradients:
+                    p.grad = gradient
         return self._graphs[steps, size]
 
     def _capture(self, steps: int, size: int) -> Captured:
@@ -112,6 +121,13 @@ class Graph(Engine):
         known = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return [*self.job.model.parameters(), *self.job.model.buffers(), *known]
 
+    def _marked(self) -> list[Tensor]:
+        """Where a gradient that is not finite leaves its mark for good."""
+        moments = [
+            state.get(name) for state in self.optimizer.state.values() for name in ("momentum_buffer", "exp_avg")
+        ]
+        return [*self.job.model.parameters(), *(moment for moment in moments if moment is not None)]
+
     def _snapshot(self) -> dict[int, Tensor]:
         return {id(t): t.detach().clone() for t in self._changing()}
 
@@ -127,24 +143,23 @@ def record(warm_up: Callable[[], Any], body: Callable[[], None], device: torch.d
     random = torch.cuda.get_rng_state(device)
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            warm_up()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    torch.cuda.set_rng_state(random, device)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                warm_up()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=side):
+            body()
+    finally:
+        torch.cuda.set_rng_state(random, device)
     return graph
 
 
 def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same optimizer in its fused form, whose step a graph can hold."""
-    kind = type(optimizer)
-    if kind not in OPTIMIZERS:
-        raise Unsupported(
-            f"optimizer {kind.__name__} is not supported; {', '.join(k.__name__ for k in OPTIMIZERS)} are"
-        )
+    kind: Any = type(optimizer)
+    check_optimizer(optimizer)
     if any(group.get("dampening") for group in optimizer.param_groups):
         raise Unsupported(f"{kind.__name__} with dampening is not supported")
     told = {"foreach": None, "fused": True} | ({} if kind is torch.optim.SGD else {"capturable": True})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedact.fitting import batched, tiny
+from fusedact.fitting.engine import check_batches
 from fusedact.fitting.flat import check_rows
 from fusedact.fitting.order import order
 from fusedact.fitting.recipe import Recipe, Unsupported, read
@@ -92,12 +93,9 @@ def fit_many(
 def _check(recipe: Recipe, x: Tensor, y: Tensor, epochs: int, batch_size: int, drop_last: bool) -> None:
     if recipe.dtype not in (torch.float32, torch.float64):
         raise Unsupported(f"fit_many computes in float32 and float64, not {recipe.dtype}")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
-    if not len(x) or (drop_last and batch_size > len(x)):
-        raise ValueError(f"{len(x)} rows make no batch of {batch_size}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    check_batches(x, y, batch_size, drop_last)
     check_rows(x, y, recipe)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from fusedact.autograd.activation import gradient_function, value_function
 from fusedact.fitting.recipe import Layer, Recipe, Rule
 
+PIECE = 2**20  # factors at once
+
 
 class Network(NamedTuple):
     """Layers, objective and rule of `kernels.training`, and the length of the flat parameters."""
@@ -63,9 +65,12 @@ def rates(rule: Rule, steps: int) -> list[float]:
 
 def _power(beta: float, steps: int) -> float:
     """By one product a step, as a launch takes it: how a run is cut into launches then changes no digit."""
-    factors = torch.full((1 + steps,), beta, dtype=torch.float64)
-    factors[0] = 1
-    return factors.cumprod(0)[-1].item()
+    power = 1.0
+    for first in range(0, steps, PIECE):
+        factors = torch.full((1 + min(PIECE, steps - first),), beta, dtype=torch.float64, device="cpu")
+        factors[0] = power
+        power = factors.cumprod(0)[-1].item()
+    return power
 
 
 def batches(order: Tensor, size: int) -> Tensor:

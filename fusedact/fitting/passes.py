@@ -105,7 +105,7 @@ class Passes:
         self.z = [ones(n) for n in recipe.widths[1:]]  # for activations that are not native
         self.hidden = [ones(n + 1) for n in hidden]
         self.clamp = ones(outputs)  # what is left of p - y behind BCELoss's clamp and a sigmoid
-        self.one, self.most = (torch.tensor(number, dtype=recipe.dtype) for number in (1, 1 / LEAST))
+        self.zero, self.one = torch.tensor([0, 1], dtype=recipe.dtype)
 
         last = self.layers[-1].activation
         # Then dz is p - y, but where p (1 - p) is less than BCELoss divides by.
@@ -120,7 +120,7 @@ class Passes:
         state, steps = self.network.state, len(visited) // self.size
         self.network.step_counter.fill_(state.steps)
         with self.mode():
-            torch.index_select(x, 0, visited, out=self.x[: len(visited)])
+            self._gather(x, visited)
             targets = self._targets(y.index_select(0, visited), steps)
             saturated, before = self.saturated, state.snapshot()
             self._call(self.clamped if saturated else self.plain, steps)
@@ -132,6 +132,13 @@ class Passes:
                     self._call(self.clamped, steps)
             state.steps += steps
             return self._losses(targets, steps)
+
+    def _gather(self, x: Tensor, visited: Tensor) -> None:
+        rows = self.x[: len(visited)]
+        if x.shape[1] == rows.shape[1]:
+            torch.index_select(x, 0, visited, out=rows)
+        else:
+            rows[:, : x.shape[1]].copy_(x.index_select(0, visited))
 
     def _call(self, calls: list[Call], steps: int) -> None:
         for call in calls[: len(calls) // self.steps * steps]:
@@ -225,17 +232,14 @@ class Passes:
             calls += [partial(torch.sub, y, target, out=dz)]
         if name != "binary_cross_entropy":
             return calls + self._derivative(self.layers[-1], len(self.layers) - 1, y)
-        variance = [partial(torch.sub, self.one, y, out=clamp), partial(clamp.mul_, y)]  # p (1 - p)
+        rest = partial(torch.sub, self.one, y, out=clamp)  # 1 - p
         if not self.sigmoid_and_bce:
-            divided = [partial(clamp.clamp_min_, LEAST), partial(dz.div_, clamp)]
-            return calls + variance + divided + self._derivative(self.layers[-1], len(self.layers) - 1, y)
-        clamps: list[Call] = [
-            *variance,
-            partial(clamp.mul_, self.most),
-            partial(clamp.clamp_max_, 1),
-            partial(dz.mul_, clamp),
-        ]
-        return [*calls, *clamps] if clamped else calls
+            divided = [rest, partial(clamp.mul_, y), partial(clamp.clamp_min_, LEAST), partial(dz.div_, clamp)]
+            return calls + divided + self._derivative(self.layers[-1], len(self.layers) - 1, y)
+        if clamped:
+            share = partial(torch.addcmul, self.zero, clamp, y, value=1 / LEAST, out=clamp)
+            calls += [rest, share, partial(clamp.clamp_max_, 1), partial(dz.mul_, clamp)]
+        return calls
 
     def _scale(self) -> float:
         numbers = self.size * (1 if self.objective.labels else self.outputs.shape[1])

@@ -68,10 +68,18 @@ class Persistent(FlatEngine):
                 training_tiny.train(self._x, self._y, order, *numbers, layers, objective, rule, config)
 
             return tiny, TINY_STEPS
-        kernel: Any = training_single if len(layers) == 1 else training_layers
-        if not kernel.fits(layers, size, rule, backend.chip(self._x.device)):
-            raise Unsupported("engine 'persistent' does not hold a network of these widths")
-        config = kernel.tile(layers, size)
+        chip = backend.multiprocessors(self._x.device), backend.chip(self._x.device)[1]
+        kernel: Any = training_layers
+        if len(layers) == 1:
+            kernel = training_single
+            config = kernel.tile(layers[0].inputs, layers[0].outputs, size, *chip)
+            fits = kernel.fits(config)
+        else:
+            config = kernel.tile(layers, size, precision, *chip)
+            fits = kernel.fits(layers)
+        if not fits:
+            widths = "-".join(map(str, self.recipe.widths))
+            raise Unsupported(f"engine 'persistent' does not hold a network of widths {widths} at batch {size}")
 
         def grid(order: Tensor, rates: Tensor, losses: Tensor) -> None:
             tensors = self._x, self._y, order, flat, moments, rates, losses, self._failed

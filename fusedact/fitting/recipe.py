@@ -20,12 +20,17 @@ LOSSES: dict[Any, str] = {
     nn.CrossEntropyLoss: "cross_entropy",
     nn.MSELoss: "mse_loss",
 }
-_PLAIN_OPTIONS = {"weight": None, "pos_weight": None, "label_smoothing": 0.0}  # of a loss, that engines know
+_PLAIN_OPTIONS = {
+    "weight": None,
+    "pos_weight": None,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+}  # of a loss, that engines know
 OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class Unsupported(ValueError):
-    """Why no engine but `loop` can train this, naming what is not supported and what is."""
+    """Why an engine cannot train this, naming what is not supported and what is."""
 
 
 class Layer(NamedTuple):
@@ -117,6 +122,8 @@ def _layers(model: nn.Module) -> tuple[Layer, ...]:
     if len({id(p) for p in parameters}) < len(parameters):
         raise Unsupported("a parameter stands in two places, which is not supported")
     for p in parameters:
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise Unsupported("parameters with hooks are not supported")
         if (p.dtype, p.device) != (parameters[0].dtype, parameters[0].device) or not p.requires_grad:
             raise Unsupported("parameters that are frozen, or of several dtypes or devices, are not supported")
     for before, after in pairwise(layers):
@@ -163,28 +170,39 @@ def _named(name: str, module: nn.Module) -> str:
 
 
 def _objective(loss: Any) -> Objective:
-    if isinstance(loss, nn.Module):
-        kinds = [name for kind, name in LOSSES.items() if type(loss) in (kind, getattr(fused, kind.__name__))]
-        if kinds and is_plain(loss):
-            different = [name for name, plain in _PLAIN_OPTIONS.items() if getattr(loss, name, plain) != plain]
-            if not different and loss.reduction in ("mean", "sum") and getattr(loss, "ignore_index", -100) < 0:
-                return Objective(kinds[0], loss.reduction == "mean")
-            options = ", ".join(different) or f"reduction={loss.reduction!r}"
-            raise Unsupported(f"{type(loss).__name__} with {options} is not supported")
-    else:
-        for name in LOSSES.values():
-            if loss in (getattr(F, name), getattr(functional, name)):
-                return Objective(name, True)
-    kinds = [kind.__name__ for kind in LOSSES]
-    raise Unsupported(
-        f"loss {getattr(loss, '__name__', None) or type(loss).__name__} is not supported; {', '.join(kinds)} are"
-    )
+    names = [name for kind, name in LOSSES.items() if loss in (getattr(F, name), getattr(functional, name))]
+    if names:
+        return Objective(names[0], True)
+    kind = type(loss) if isinstance(loss, nn.Module) else loss
+    name = getattr(kind, "__name__", repr(loss))
+    kinds = [known for known in LOSSES if kind in (known, getattr(fused, known.__name__))]
+    if not kinds:
+        raise Unsupported(f"loss {name} is not supported; {', '.join(known.__name__ for known in LOSSES)} are")
+    if not is_plain(loss):
+        raise Unsupported(f"{name} with hooks, compiled or with its forward replaced is not supported")
+    for option, plain in _PLAIN_OPTIONS.items():
+        value = getattr(loss, option, plain)
+        if value is not plain and value != plain:
+            raise Unsupported(f"{name} with {option} is not supported")
+    if loss.reduction not in ("mean", "sum"):
+        raise Unsupported(f"{name} with reduction={loss.reduction!r} is not supported")
+    return Objective(LOSSES[kinds[0]], loss.reduction == "mean")
 
 
-def _rule(optimizer: torch.optim.Optimizer, layers: tuple[Layer, ...]) -> Rule:
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises Unsupported for an optimizer whose step is not its class's, or none that is known."""
     kind = type(optimizer).__name__
     if type(optimizer) not in OPTIMIZERS:
         raise Unsupported(f"optimizer {kind} is not supported; {', '.join(k.__name__ for k in OPTIMIZERS)} are")
+    own = vars(optimizer).get("step")  # a scheduler's counts calls
+    replaced = own is not None and not hasattr(own, "_wrapped_by_lr_sched")
+    if replaced or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise Unsupported(f"{kind} with hooks or with its step replaced is not supported")
+
+
+def _rule(optimizer: torch.optim.Optimizer, layers: tuple[Layer, ...]) -> Rule:
+    check_optimizer(optimizer)
+    kind = type(optimizer).__name__
     if len(optimizer.param_groups) > 1:
         raise Unsupported(f"{kind} with {len(optimizer.param_groups)} parameter groups is not supported, one is")
     group = optimizer.param_groups[0]
@@ -194,6 +212,9 @@ def _rule(optimizer: torch.optim.Optimizer, layers: tuple[Layer, ...]) -> Rule:
     for option in ("amsgrad", "maximize", "dampening", "differentiable"):
         if group.get(option):
             raise Unsupported(f"{kind} with {option}={group[option]!r} is not supported")
+    steps = {float(optimizer.state.get(p, {}).get("step", 0)) for p in group["params"]}
+    if len(steps) > 1:
+        raise Unsupported(f"{kind} whose parameters have taken {sorted(steps)} steps is not supported")
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if isinstance(optimizer, torch.optim.SGD):
         momentum = float(group["momentum"])

@@ -54,7 +54,8 @@ class State:
         """Where the optimizer itself would keep it."""
         group = self.optimizer.param_groups[0]
         on_device = group.get("capturable") or group.get("fused")
-        return torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        return torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
 
     def snapshot(self) -> tuple[Tensor, int]:
         return self.numbers.clone(), self.steps

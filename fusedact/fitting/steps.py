@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedact.fitting.engine import Job
 from fusedact.fitting.flat import FlatEngine
-from fusedact.fitting.passes import Network, Passes, padded
+from fusedact.fitting.passes import Network, Passes
 from fusedact.fitting.recipe import Unsupported
 from fusedact.fitting.state import State
 
@@ -33,7 +33,8 @@ class Steps(FlatEngine):
             )
         self.network = Network(recipe, job.optimizer)
         self._blocks: dict[int, Passes] = {}
-        self._x: dict[int, Tensor] = {}  # by the columns that a batch size asks for
+        ones = job.x.new_ones(len(job.x), recipe.layers[0].bias is not None)
+        self.x = torch.cat([job.x, ones], 1)
 
     @property
     def state(self) -> State:
@@ -56,13 +57,5 @@ class Steps(FlatEngine):
             self._blocks[size] = Passes(self.network, size, min(steps, most))
         passes = self._blocks[size]
         parts = visited.split(passes.steps * size)
-        x = self._padded(padded(self.recipe, size))
-        losses = [passes.run(x, self.job.y, part) for part in parts if len(part)]
-        return torch.cat(losses) if losses else x.new_empty(0)
-
-    def _padded(self, columns: int) -> Tensor:
-        """x with columns of ones: the first is for the bias, where there is one; the others are not read."""
-        if columns not in self._x:
-            ones = torch.ones(len(self.job.x), columns - self.job.x.shape[1], dtype=self.recipe.dtype)
-            self._x[columns] = torch.cat([self.job.x, ones], 1)
-        return self._x[columns]
+        losses = [passes.run(self.x, self.job.y, part) for part in parts if len(part)]
+        return torch.cat(losses) if losses else self.x.new_empty(0)

@@ -3,16 +3,17 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedact.fitting.engine import Engine, Job, NotFinite
+from fusedact.fitting.engine import Engine, Job, NotFinite, check_batches
 from fusedact.fitting.graph import Graph
 from fusedact.fitting.loop import Loop
 from fusedact.fitting.order import order
 from fusedact.fitting.persistent import Persistent
-from fusedact.fitting.recipe import Recipe, Unsupported, read
+from fusedact.fitting.recipe import Unsupported
 from fusedact.fitting.steps import Steps
 
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Persistent, Graph, Steps, Loop)}
@@ -62,13 +63,15 @@ class Training:
             model.to(device)
         device = next((p.device for p in model.parameters()), x.device)
         made = _optimizer(optimizer, model, lr)
-        job = Job(model, loss, made, x.to(device), y.to(device), batch_size, _recipe(model, loss, made), precision)
-        self._engine, reason = _choose(job, engine, device)
+        batch_size = min(batch_size, len(x))
+        self._job = Job(model, loss, made, x.detach().to(device), y.detach().to(device), batch_size, precision)
+        self._asked_for = engine
+        self._engine, reason = _choose(self._job, engine)
+        self._left = _fingerprint(self._job)
         self.fitted = Fitted(self._engine.name, reason, made)
         self._generator, self._shuffle = generator, shuffle
         self._rows = len(x)
         self._visited = len(x) // batch_size * batch_size if drop_last else len(x)
-        self._batch_size = batch_size
         self._epochs_per_slice = 1
 
     @property
@@ -92,23 +95,60 @@ class Training:
         Parameters and optimizer are then as after the last step. Raises FloatingPointError where a cost or a gradient
         is not finite, with the parameters as before that step.
         """
+        if _fingerprint(self._job) != self._left:  # a callback or a scheduler was there: engines keep copies
+            self._engine, self.fitted.reason = _choose(self._job, self._asked_for)
+            self.fitted.engine = self._engine.name
         epochs = min(self._epochs_per_slice, limit)
+        drawn_from = self._generator or torch.default_generator
+        before = drawn_from.get_state()
         orders = [order(self._rows, self._generator, self._shuffle)[: self._visited] for _ in range(epochs)]
         started = time.perf_counter()
         try:
             losses = self._engine.train(torch.stack(orders))
         except NotFinite as fault:
-            epoch, step = divmod(fault.steps, -(-self._visited // self._batch_size))
-            raise FloatingPointError(
-                f"{fault.what} at epoch {len(self.fitted.costs) + epoch + 1}, step {step + 1}; "
-                "the parameters are as before that step"
-            ) from None
+            raise self._stopped(fault) from None
+        except BaseException:
+            drawn_from.set_state(before)
+            raise
         finally:
-            self._engine.write()
-        self.fitted.costs += losses.double().mean(1).tolist()
+            self._write()
+        self.fitted.costs += _means(losses)
         seconds = time.perf_counter() - started
         self._epochs_per_slice = max(1, min(4 * epochs, int(SLICE * epochs / seconds)))
         return losses
+
+    def _write(self) -> None:
+        self._engine.write()
+        if "step" in vars(self._job.optimizer):
+            vars(self._job.optimizer)["_opt_called"] = True  # a scheduler asks whether there was a step
+        self._left = _fingerprint(self._job)
+
+    def _stopped(self, fault: NotFinite) -> FloatingPointError:
+        steps = -(-self._visited // self._job.batch_size)
+        epochs, step = divmod(len(fault.losses), steps)
+        self.fitted.costs += _means(fault.losses[: epochs * steps].view(epochs, steps))
+        return FloatingPointError(
+            f"{fault.what} at epoch {len(self.fitted.costs) + 1}, step {step + 1}; "
+            "the parameters are as before that step"
+        )
+
+
+def _means(losses: Tensor) -> list[float]:
+    """Of each epoch's steps."""
+    return losses.double().mean(1).tolist() if losses.numel() else []
+
+
+def _fingerprint(job: Job) -> list[Any]:
+    """Changes with the parameters, the optimizer's state, or its options."""
+    optimizer = job.optimizer
+    known = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    options = [
+        (name, value.item() if isinstance(value, Tensor) else value)
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params"
+    ]
+    return [options, *((id(t), t._version) for t in (*job.model.parameters(), *known))]
 
 
 def fit(
@@ -146,7 +186,8 @@ def fit(
     x, y: (rows, ...), a row each. loss: of torch's losses or any function of (output, target) -> ().
     optimizer: one that holds the model's parameters, or what makes one from them, `torch.optim.Adam` or a partial of
     it; lr is then passed on. device: where to train, the model's by default. callback: called after each `every`
-    epochs with the run so far, when model and optimizer are up to date; where it returns True, training ends.
+    epochs with the run so far, when model and optimizer are up to date, and may be changed; where it returns True,
+    training ends. Gradients, `p.grad`, are the loop's alone.
     engine: one of these by name. precision: of products in `persistent`: None for float32's own, "tf32" or "bf16".
 
     Raises ValueError for what does not fit together, and where the engine asked for cannot train this, naming what
@@ -172,12 +213,7 @@ def _check(x: Tensor, y: Tensor, batch_size: int, drop_last: bool, engine: str |
     for name, tensor in (("x", x), ("y", y)):
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
             raise ValueError(f"{name} must be a tensor of rows, got {tensor!r}")
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not len(x) or (drop_last and batch_size > len(x)):
-        raise ValueError(f"{len(x)} rows make no batch of {batch_size}")
+    check_batches(x, y, batch_size, drop_last)
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
     if precision not in (None, "tf32", "bf16"):
@@ -194,21 +230,14 @@ def _optimizer(
     return optimizer
 
 
-def _recipe(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Recipe | Unsupported:
-    try:
-        return read(model, loss, optimizer)
-    except Unsupported as reason:
-        return reason
-
-
-def _choose(job: Job, engine: str | None, device: torch.device) -> tuple[Engine, str]:
+def _choose(job: Job, asked_for: str | None) -> tuple[Engine, str]:
     """The engine, and why it is that one."""
-    if engine is not None:
-        return ENGINES[engine](job), "it was asked for"
+    if asked_for is not None:
+        return ENGINES[asked_for](job), "it was asked for"
     refused: list[str] = []
-    for candidate in FASTEST_FIRST.get(device.type, (Loop,)):
+    for candidate in FASTEST_FIRST.get(job.x.device.type, (Loop,)):
         try:
-            return candidate(job), "; ".join(refused) or f"the fastest on {device.type}"
+            return candidate(job), "; ".join(refused) or f"the fastest on {job.x.device.type}"
         except Unsupported as reason:
             refused.append(f"{candidate.name}: {reason}")
-    raise AssertionError("loop refuses nothing")
+    raise ValueError("; ".join(refused))

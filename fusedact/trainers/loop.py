@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fusedact.fitting import ENGINES, Training
+from fusedact.fitting import Training
 from fusedact.fitting.order import order
 
-TUTORIAL = "tutorial"  # the engine that is the tutorial's own program: its data loader, a row at a time
-TRAINER_ENGINES = ("auto", *ENGINES, TUTORIAL)
+TUTORIAL = "tutorial"  # an engine of trainers' own: the tutorial's loop and its data loader, which makes each row
+PLAIN = "plain"  # another: the same loop on rows that are on the device
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Settings:
     rows: of MNIST's training images, the first so many; None: all
     raw_pixels: evaluate MNIST on 0..255 as the tutorial does, though it trains on 0..1
     standardize, logits: of binary: inputs of mean 0 and deviation 1; BCE on logits in place of Sigmoid and BCELoss
-    engine: of `fusedact.fit` by name, "auto" for the fastest that can, or "tutorial"
+    engine: of `fusedact.fit` by name, "auto" for the fastest that can, or "tutorial", or "plain" for that loop
+        on rows that are on the device
     """
 
     epochs: int
@@ -96,7 +97,7 @@ class Trainer(ABC):
             _set_parameters(self.model, settings.start)
         if settings.batch_size > len(self.x):
             raise ValueError(f"batch size {settings.batch_size} exceeds the {len(self.x)} training rows")
-        self._passes = _Tutorial(self) if settings.engine == TUTORIAL else self._training()
+        self._passes = self._begun()
         self.engine, self.reason = self._passes.engine, self._passes.reason
 
     @abstractmethod
@@ -130,6 +131,10 @@ class Trainer(ABC):
         with self._drawing():
             return order(rows, None)
 
+    def row(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """What the tutorial's data set makes of a row's numbers in numpy."""
+        return torch.FloatTensor([*x]), torch.FloatTensor([*y])
+
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Trains on one batch as the tutorial does; returns its cost, ()."""
         cost = self.criterion(self.model(x), y)
@@ -152,9 +157,11 @@ class Trainer(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self._random_state = state["epochs"], state["random"]
-        self._passes = _Tutorial(self) if self.settings.engine == TUTORIAL else self._training()
+        self._passes = self._begun()
 
-    def _training(self) -> Training:
+    def _begun(self) -> "Training | _Plain":
+        if self.settings.engine in (TUTORIAL, PLAIN):
+            return _Tutorial(self) if self.settings.engine == TUTORIAL else _Plain(self)
         engine = None if self.settings.engine == "auto" else self.settings.engine
         return Training(
             self.model, self.x, self.y, loss=self.criterion, optimizer=self.optimizer,
@@ -184,27 +191,40 @@ class Trainer(ABC):
 
 
 class _Rows(Dataset):
-    """A row made a tensor when it is asked for, as the tutorials' data sets do."""
+    """A row made when it is asked for, as the tutorials' data sets do."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x.cpu().numpy(), y.cpu().numpy()
+    def __init__(self, trainer: Trainer) -> None:
+        self.x, self.y, self.row = trainer.x.cpu().numpy(), trainer.y.cpu().numpy(), trainer.row
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.x[index]), torch.tensor(self.y[index])
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.row(self.x[index], self.y[index])
 
     def __len__(self) -> int:
         return len(self.x)
 
 
-class _Tutorial:
-    """The tutorial's own loop."""
+class _Plain:
+    """The tutorial's loop on rows that are on the device."""
 
-    engine, reason = TUTORIAL, "it was asked for"
+    engine, reason = PLAIN, "it was asked for"
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        rows = _Rows(trainer.x, trainer.y)
-        self.batches = DataLoader(rows, trainer.settings.batch_size, shuffle=True, drop_last=True)
+
+    def slice(self, limit: int) -> Tensor:
+        x, y, size = self.trainer.x, self.trainer.y, self.trainer.settings.batch_size
+        visited = order(len(x), None)[: len(x) // size * size].to(x.device)
+        return torch.stack([self.trainer.step(x[rows], y[rows]) for rows in visited.split(size)])[None]
+
+
+class _Tutorial(_Plain):
+    """The tutorial's own loop."""
+
+    engine = TUTORIAL
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.batches = DataLoader(_Rows(trainer), trainer.settings.batch_size, shuffle=True, drop_last=True)
 
     def slice(self, limit: int) -> Tensor:
         device = self.trainer.x.device

@@ -2,7 +2,7 @@
 
 from random import Random
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class MnistSoftmax(Trainer):
         self.model = self.network(nn).to(device)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.settings.lr)
+
+    def row(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """An image as torchvision's ToTensor leaves it, without the way through PIL."""
+        return torch.tensor(x), int(y)
 
     def report(self, epoch: Epoch) -> str:
         return f"Epoch: {epoch.number:04d} cost = {epoch.cost:.9f}"

@@ -35,8 +35,7 @@ class Run:
     def advance(self) -> list[Epoch]:
         """Trains some epochs; returns their records."""
         some = next(self._slices)
-        self.epochs += some
-        self.state = deepcopy(self.trainer.state())
+        self.state, self.epochs = deepcopy(self.trainer.state()), self.epochs + some
         return some
 
     def save(self, path: Path) -> None:
@@ -49,6 +48,14 @@ class Run:
     def resume(self, path: Path) -> None:
         """Goes on from what `save` wrote. ValueError where it is damaged, or of a run with other settings."""
         model, run = load_run(path)
+        if missing := {"settings", "costs", "seconds", "epochs", "optimizer", "random"} - set(run):
+            raise ValueError(
+                f"{path}: holds no run to go on from, but a model; {', '.join(sorted(missing))} are missing"
+            )
+        if run["epochs"] > self.trainer.settings.epochs:
+            raise ValueError(
+                f"{path}: has {run['epochs']} epochs, more than the {self.trainer.settings.epochs} asked for"
+            )
         ours = {name: str(value) for name, value in asdict(self.trainer.settings).items()}
         for name, value in run["settings"].items():
             if name not in MAY_DIFFER and ours.get(name) != value:
@@ -79,15 +86,17 @@ def checkpoint_path(out: Path, name: str, label: str) -> Path:
 def train(runs: Runs, out: Path | None, every: int | None, show: Callable[[Run, list[Epoch]], None]) -> list[Path]:
     """Trains all, in turn the one that has done least, and shows what it did.
 
-    What is done is saved every ten seconds, or after `every` epochs where that is given, and at the end. Returns what
-    was written.
+    What is done is saved every ten seconds and at the end, and a checkpoint of each after every `every` epochs.
+    Returns what was written.
     """
     saved = time.monotonic()
     while unfinished := [run for run in runs.values() if run.unfinished]:
         run = min(unfinished, key=lambda run: run.trainer.done)
         show(run, run.advance())
-        due = time.monotonic() > saved + SAVE_EVERY if every is None else run.trainer.done % every == 0
-        if due:
+        if out and every and run.trainer.done % every == 0:
+            [label] = [label for label, each in runs.items() if each is run]
+            run.save(checkpoint_path(out, run.trainer.name, label))
+        if time.monotonic() > saved + SAVE_EVERY:
             save(runs, out)
             saved = time.monotonic()
     return save(runs, out)

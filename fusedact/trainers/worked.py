@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -74,6 +75,9 @@ class Worked(Trainer):
             self.values = before | gradients | dict(zip(PARAMETERS, weights, strict=True))
             before, gradients = self._forward(), self._gradients()
             yield epochs
+
+    def row(self, x: Any, y: Any) -> tuple[Any, Any]:
+        return torch.tensor(x), torch.tensor(y)
 
     def report(self, epoch: Epoch) -> str | None:
         """The first step's values. ArithmeticError where one is not the answer to the tutorial's settings."""
