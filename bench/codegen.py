@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, product
@@ -41,7 +41,7 @@ class Assembly(NamedTuple):
     """A kernel as the assembler left it.
 
     spills: a thread's bytes of stack, and on AMD the vector registers saved there too (a scalar register that
-    moves into a lane of a vector register is none). events: what orders the partial sums, a letter each.
+    moves into a lane of a vector register is none). events: what orders memory, a letter each.
     """
 
     registers: int
@@ -50,20 +50,27 @@ class Assembly(NamedTuple):
     events: str
 
 
-# S store, B barrier, T ticket (acquire and release at the GPU's scope), L load of a partial, X other atomic.
+# S store, B barrier, L load of a partial, G other load, X other atomic; at the GPU's scope T ticket (acquire and
+# release), R arrival at a grid barrier (release), A look at it (acquire).
 PTX_EVENTS = re.compile(
     r"""(?P<S>\bst\.global) | (?P<B>\bbar\.sync) | (?P<L>\bld\.global\.cg)
-    | (?P<T>\batom\.global\.gpu\.acq_rel\.add\.u32) | (?P<X>\b(?:atom|red)\.)""",
+    | (?P<T>\batom\.global\.gpu\.acq_rel\.add\.u32) | (?P<R>\batom\.global\.gpu\.release\.add\.u(?:32|64))
+    | (?P<A>\bld\.global\.gpu\.acquire) | (?P<G>\bld\.global|\bcp\.async\.c[ag]\.shared\.global)
+    | (?P<X>\b(?:atom|red)\.)""",
     re.VERBOSE,
 )
 AMD_EVENTS = re.compile(
     r"""(?P<S>(?:global|buffer)_store) | (?P<B>s_barrier) | (?P<L>(?:global|buffer)_load.*\ sc0\ nt)
     | (?P<T>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add\ .*\ sc0\n
         s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
-    | (?P<X>_atomic_)""",
+    | (?P<R>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add)
+    | (?P<A>global_load_dword.*\ sc1\n s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
+    | (?P<G>(?:global|buffer)_load) | (?P<X>_atomic_)""",
     re.VERBOSE,
 )
-ORDERED = re.compile("[SB]*(BTB[SB]*L[SBL]*)*")
+ORDERED = re.compile("[SB]*(BTB[SB]*L[SBL]*)*")  # of all but G
+ARRIVAL = re.compile("BRA")  # at a grid barrier, and the first look at it: no load in between
+LOOK = re.compile("BA")  # again, in a loop
 FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)|_atomic_\w*_b?f(?:16|32|64)")
 LOAD = re.compile(r"LDG\b|LDGSTS|(?:global|buffer)_load")
 MATRIX = re.compile(r"[A-Z]*MMA\b|v_mfma")
@@ -143,6 +150,14 @@ class Launch(NamedTuple):
     bytes: int  # of the tensors it was given
 
 
+def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors(argument)
+
+
 def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
     """The case's work, and what its launcher launches on that chip, compiled."""
     recorded = []
@@ -150,7 +165,7 @@ def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        recorded.append(Launch(kernel, sum(x.nbytes for x in args if isinstance(x, Tensor))))
+        recorded.append(Launch(kernel, sum(x.nbytes for x in tensors(args))))
 
     driver.set_active(Offline(chip.target))
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -162,7 +177,9 @@ def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
 class Report:
     """A case on a chip.
 
-    loads: how many of each width in bits. ordered: whether partial sums are, None where there are none.
+    loads: how many of each width in bits. ordered: whether partial sums are, None where there are none. barriers: how
+    many loads follow each arrival at a grid barrier, as the text has them; looks: loops that wait for one; stray: what
+    else arrives or looks.
     bytes_given: of the tensors that the kernel was given, workspace included. floor_us: on an H200.
     """
 
@@ -183,6 +200,9 @@ class Report:
     loads: dict[int, int] = field(default_factory=dict)
     matrix: dict[str, int] = field(default_factory=dict)
     ordered: bool | None = None
+    barriers: tuple[int, ...] = ()
+    looks: int = 0
+    stray: int = 0
     float_atomics: int = 0
     bytes: int = 0
     bytes_given: int = 0
@@ -200,6 +220,8 @@ def examine(case: Case, name: str) -> Report:
     asm, metadata = launch.kernel.asm, launch.kernel.metadata
     assembly = chip.read(asm)
     matrix = (MATRIX.match(mnemonic) for mnemonic in assembly.mnemonics)
+    sums = assembly.events.replace("G", "")
+    _, *stretches = ARRIVAL.split(assembly.events)
     least_s = max(work.bytes / COPY_BYTES_PER_S, work.flops / PRECISIONS[case.precision].flops_per_s)
     return replace(
         report,
@@ -213,7 +235,10 @@ def examine(case: Case, name: str) -> Report:
         instructions=len(assembly.mnemonics),
         loads=dict(Counter(load_bits(m) for m in assembly.mnemonics if LOAD.match(m))),
         matrix=dict(Counter(match.group() for match in matrix if match)),
-        ordered=bool(ORDERED.fullmatch(assembly.events)) if re.search("[TX]", assembly.events) else None,
+        ordered=bool(ORDERED.fullmatch(sums)) if re.search("[TX]", sums) else None,
+        barriers=tuple(len(re.findall("[LG]", stretch)) for stretch in stretches),
+        looks=sum(len(LOOK.findall(stretch)) for stretch in stretches),
+        stray=len(re.findall("[RA]", LOOK.sub("", ARRIVAL.sub("", assembly.events)))),
         float_atomics=len(FLOAT_ATOMIC.findall(asm.get("ptx") or asm["amdgcn"])),
         bytes=work.bytes,
         bytes_given=launch.bytes,
@@ -232,7 +257,7 @@ def examine_all(jobs: list[tuple[Case, str]]) -> Iterator[Report]:
 
 COLUMNS = {
     "chip": 6, "config": 18, "registers": 9, "spills": 6, "shared KB": 11, "instructions": 12,
-    "loads x bits": 26, "matrix": 11, "partials": 11,
+    "loads x bits": 26, "matrix": 11, "partials": 11, "barriers": 8,
 }  # fmt: skip
 
 
@@ -253,6 +278,7 @@ def row(report: Report) -> tuple[str, ...]:
         tally(report.loads),
         tally(report.matrix),
         {None: "", True: "ordered", False: "[red]not ordered"}[report.ordered],
+        "[red]broken" if report.stray or report.looks != len(report.barriers) else str(report.looks or ""),
     )
 
 

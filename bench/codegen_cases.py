@@ -13,7 +13,20 @@ from torch import Tensor
 
 from fusedact.activations import ACTIVATIONS
 from fusedact.kernels import activations as device
-from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, linear, multilabel, nll, softmax
+from fusedact.kernels import (
+    bce,
+    bias_activation,
+    cross_entropy,
+    elementwise,
+    linear,
+    multilabel,
+    nll,
+    softmax,
+    training,
+    training_layers,
+    training_single,
+    training_tiny,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,31 @@ def bias_activation_backward(chip, p, M, N, activation="relu", db=True, slopes=N
     bias_activation.backward(dy, saved, act_grad, act_params, slope, db, slope is not None, config)
     elements = 3 * M * N + (N if db else 0) + (0 if slope is None else 2 * slope.numel())
     return Work(config, elements * p.dtype.itemsize)
+
+
+def images(p, N, C, H, W, activation, slopes, channels_last):
+    """A product of that shape, its bias, and the activation's parameters and slope."""
+    act_params, slope = parameters(activation, p.empty(slopes or C))
+    x = p.empty(N, C, H, W).to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    return x, p.empty(C), act_params, slope
+
+
+def channels_forward(chip, p, *shape, activation="relu", slopes=None, channels_last=False, in_place=True):
+    config = elementwise.tile(p.dtype.itemsize)
+    x, bias, act_params, slope = images(p, *shape, activation, slopes, channels_last)
+    act = getattr(device, activation)
+    bias_activation.forward_channels(x, bias, act, act_params, slope, config, in_place)
+    return Work(config, 2 * x.nbytes)
+
+
+def channels_backward(chip, p, *shape, activation="relu", slopes=None, channels_last=False, from_output=True):
+    config = elementwise.tile(p.dtype.itemsize)
+    x, bias, act_params, slope = images(p, *shape, activation, slopes, channels_last)
+    act_grad = getattr(device, f"{activation}_grad")
+    wanted = True, True, slope is not None
+    dy = torch.empty_like(x)
+    bias_activation.backward_channels(dy, x, bias, act_grad, act_params, slope, from_output, wanted, config)
+    return Work(config, 3 * x.nbytes)
 
 
 def activation_forward(chip, p, *shape, activation="relu", slopes=None, channels_last=False):
@@ -205,6 +243,79 @@ def softmax_backward(chip, p, *shape, dim=-1, kind="softmax"):
     return Work(config, dy.nbytes + y.nbytes + dx.nbytes)
 
 
+def training_tiny_train(chip, p, batch, *widths, rule="SGD", hidden="sigmoid", last="sigmoid", loss="PROBABILITIES"):
+    """A thousand steps on a thousand rows. loss: of bce, or None for cross-entropy."""
+    names = [hidden] * (len(widths) - 2) + [last]
+    places, size = training.places(widths, [True] * len(names))
+    layers = tuple(
+        training.Layer(inputs, outputs, *place, getattr(device, name), gradient_by_name(name), (), False)
+        for place, inputs, outputs, name in zip(places, widths[:-1], widths[1:], names, strict=True)
+    )
+    y = torch.empty(1000, dtype=torch.int64, device="meta") if loss is None else p.empty(1000, widths[-1])
+    order = torch.empty(1000, batch, dtype=torch.int32, device="meta")
+    rates = torch.empty(1, training.RATES, dtype=torch.float64, device="meta")
+    step = getattr(training, rule)
+    state = p.empty(1, size), p.empty(1, step.moments, size), rates
+    tensors = p.empty(1000, widths[0]), y, order, *state, p.empty(1, 1000)
+    objective = training.Objective(loss and getattr(bce, loss), mean=True)
+    config = training_tiny.tile(batch)
+    training_tiny.train(*tensors, layers, objective, step, config)
+    return Work(config, sum(t.nbytes for t in (*tensors, *state)))
+
+
+def training_layers_train(chip, p, batch, *widths, rule="ADAM", hidden="relu", from_output=True, loss=None):
+    """An epoch of sixty thousand rows on an H200's multiprocessors. loss: of bce, or None for cross-entropy."""
+    names = [hidden] * (len(widths) - 2) + ["identity"]
+    places, size = training.places(widths, [True] * len(names))
+    layers = tuple(
+        training.Layer(inputs, outputs, *place, getattr(device, name), gradient_by_name(name), (), from_output)
+        for place, inputs, outputs, name in zip(places, widths[:-1], widths[1:], names, strict=True)
+    )
+    steps = 60000 // batch
+    x, row = PRECISIONS["fp32"].empty(60000, widths[0]), PRECISIONS["fp32"].empty
+    y = torch.empty(60000, dtype=torch.int64, device="meta") if loss is None else row(60000, widths[-1])
+    order, failed = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((steps, batch), (1,)))
+    step = getattr(training, rule)
+    state = row(size), row(step.moments, size), PRECISIONS["fp64"].empty(training.RATES)
+    tensors = x, y, order, *state, row(steps), failed
+    objective = training.Objective(loss and getattr(bce, loss), mean=True)
+    precision = "bf16" if p.dtype == torch.bfloat16 else p.dot
+    config = training_layers.tile(layers, batch, precision, 132, chip.target.warp_size, chip.target.arch == 80)
+    training_layers.train(*tensors, layers, objective, step, precision, config)
+    products = sum(layer.inputs * layer.outputs for layer in layers)
+    flops = 2 * steps * batch * (3 * products - layers[0].inputs * layers[0].outputs)
+    return Work(config, sum(t.nbytes for t in (*tensors, *state)), flops)
+
+
+def training_single_train(
+    chip, p, batch, outputs, inputs, rule="ADAM", last="identity", loss=None, rows=1000, multiprocessors=128
+):
+    """A pass over the rows. loss: of bce, or None for cross-entropy."""
+    ((place,), size) = training.places((inputs, outputs), (True,))
+    layer = training.Layer(inputs, outputs, *place, getattr(device, last), gradient_by_name(last), (), False)
+    y = torch.empty(rows, dtype=torch.int64, device="meta") if loss is None else p.empty(rows, outputs)
+    order = torch.empty(rows // batch, batch, dtype=torch.int32, device="meta")
+    rates = torch.empty(training.RATES, dtype=torch.float64, device="meta")
+    step = getattr(training, rule)
+    state = p.empty(size), p.empty(step.moments, size), rates
+    tensors = (
+        p.empty(rows, inputs),
+        y,
+        order,
+        *state,
+        p.empty(len(order)),
+        torch.empty(1, dtype=torch.int32, device="meta"),
+    )
+    objective = training.Objective(loss and getattr(bce, loss), mean=True)
+    config = training_single.tile(inputs, outputs, batch, multiprocessors, chip.target.warp_size)
+    training_single.train(*tensors, (layer,), objective, step, p.dot, config)
+    return Work(config, sum(t.nbytes for t in (*tensors, *state)), 4 * order.numel() * inputs * outputs)
+
+
+def gradient_by_name(name):
+    return training.identity_grad if name == "identity" else getattr(device, f"{name}_grad")
+
+
 # Cases
 
 
@@ -261,6 +372,19 @@ CASES = (
     Case(bias_activation_backward, "fp32", (8192, 8192)),
     Case(bias_activation_backward, "fp64", (1024, 1024), {"activation": "prelu"}),
     Case(bias_activation_backward, "fp64", (1024, 1024), {"activation": "gelu"}),
+    Case(channels_forward, "bf16", (64, 256, 56, 56)),
+    Case(channels_forward, "bf16", (64, 256, 56, 56), {"channels_last": True}),
+    Case(channels_forward, "bf16", (64, 256, 56, 56), {"activation": "mish", "in_place": False}),
+    Case(channels_forward, "bf16", (64, 256, 56, 56), {"activation": "prelu", "in_place": False}),
+    Case(channels_forward, "fp32", (16, 120, 28, 28)),
+    Case(channels_forward, "fp64", (16, 128, 28, 28), {"activation": "gelu", "in_place": False}),
+    Case(channels_backward, "bf16", (64, 256, 56, 56)),
+    Case(channels_backward, "bf16", (64, 256, 56, 56), {"channels_last": True}),
+    Case(channels_backward, "bf16", (64, 256, 56, 56), {"activation": "mish", "from_output": False}),
+    Case(channels_backward, "bf16", (64, 256, 56, 56), {"activation": "prelu", "from_output": False}),
+    Case(channels_backward, "bf16", (64, 256, 56, 56), {"activation": "prelu", "slopes": 1, "channels_last": True}),
+    Case(channels_backward, "fp32", (16, 120, 28, 28)),
+    Case(channels_backward, "fp64", (16, 128, 28, 28), {"activation": "gelu", "from_output": False}),
     Case(activation_forward, "bf16", (2**26,)),
     Case(activation_forward, "bf16", (2**26,), {"activation": "softsign"}),
     Case(activation_forward, "bf16", (64, 256, 56, 56), {"activation": "prelu"}),
@@ -352,6 +476,26 @@ CASES = (
     Case(softmax_backward, "fp32", (4096, 32000)),
     Case(softmax_backward, "fp64", (4096, 2048)),
     Case(softmax_backward, "fp64", (4096, 8192)),
+    Case(training_tiny_train, "fp32", (64, 3, 1)),
+    Case(training_tiny_train, "fp32", (64, 3, 1), {"rule": "ADAM"}),
+    Case(training_tiny_train, "fp32", (64, 2, 1)),
+    Case(training_tiny_train, "fp32", (64, 2, 1), {"rule": "ADAM"}),
+    Case(training_tiny_train, "fp32", (64, 2, 2, 1)),
+    Case(training_tiny_train, "fp32", (64, 2, 2, 1), {"rule": "ADAM"}),
+    Case(training_tiny_train, "fp32", (4, 2, 2, 1), {"loss": "LOGITS", "last": "identity"}),
+    Case(training_tiny_train, "fp32", (64, 2, 8, 1), {"rule": "ADAM", "hidden": "gelu"}),
+    Case(training_tiny_train, "fp32", (128, 3, 4, 3), {"rule": "NESTEROV", "last": "identity", "loss": None}),
+    Case(training_layers_train, "fp32", (100, 784, 256, 256, 10)),
+    Case(training_layers_train, "tf32", (100, 784, 256, 256, 10)),
+    Case(training_layers_train, "bf16", (100, 784, 256, 256, 10)),
+    Case(training_layers_train, "fp32", (128, 300, 100, 32), {"rule": "SGD", "loss": "LOGITS"}),
+    Case(training_layers_train, "fp32", (96, 784, 512, 256, 128, 10), {"hidden": "gelu", "from_output": False}),
+    Case(training_single_train, "fp32", (100, 10, 784)),
+    Case(training_single_train, "tf32", (100, 10, 784)),
+    Case(training_single_train, "fp32", (64, 1, 1024), {"rule": "SGD", "loss": "LOGITS"}),
+    Case(training_single_train, "fp32", (128, 32, 4096), {"rule": "ADAMW"}),
+    Case(training_single_train, "fp32", (128, 16, 8192), {"loss": "LOGITS"}),
+    Case(training_single_train, "fp32", (160, 7, 1001), {"rule": "SGD", "loss": "PROBABILITIES", "last": "sigmoid"}),
 )  # fmt: skip
 
 EVERY_ACTIVATION = tuple(

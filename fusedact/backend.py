@@ -136,6 +136,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
+def is_ampere(device: torch.device) -> bool:
+    """NVIDIA's chips before Hopper, whose compiler must be told that a program may take all registers."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 8
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """x's GPU made current where it is not: a launch goes to the current one."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

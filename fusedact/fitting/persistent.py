@@ -75,7 +75,7 @@ class Persistent(FlatEngine):
             config = kernel.tile(layers[0].inputs, layers[0].outputs, size, *chip)
             fits = kernel.fits(config)
         else:
-            config = kernel.tile(layers, size, precision, *chip)
+            config = kernel.tile(layers, size, precision, *chip, backend.is_ampere(self._x.device))
             fits = kernel.fits(layers)
         if not fits:
             widths = "-".join(map(str, self.recipe.widths))
