@@ -358,13 +358,15 @@ def _farthest(costs: list[float], others: list[float]) -> float:
 def _loss_table(settings: Settings) -> Table:
     """What fusing the loss, and then scaling the inputs, does to S1 from the same initialization."""
     ways = {
-        "Sigmoid, then BCELoss: the tutorial's": (False, False),
-        "BCE on logits: the fused loss": (True, False),
-        "BCE on logits, standardized inputs": (True, True),
+        "Sigmoid, BCELoss": (False, False),
+        "BCE on logits": (True, False),
+        "on standardized inputs": (True, True),
     }
-    table = Table("the same layer, from the same weights", "cost at the end", "validation accuracy")
+    table = Table("one layer, the same start", "cost at the end", "right, validation")
     table.title = "What fusing the loss does"
-    table.caption = "No plane divides the rule's rows from the rest; standardized, training finds about the best one."
+    table.caption = (
+        "No plane divides the rule's rows from the rest; on standardized inputs training nears the best one."
+    )
     for label, (logits, standardize) in ways.items():
         trainer = Binary(LAYERS["fused"], replace(settings, logits=logits, standardize=standardize))
         *_, last = trainer.epochs()

@@ -283,7 +283,8 @@ def test_what_fusing_the_loss_does(capsys):
     assert main(["compare", "binary", "--epochs", "20"]) == 0
     printed = capsys.readouterr().out
     costs = [
-        float(re.search(rf"{label}.*?│ +([\d.]+) +│", printed)[1]) for label in ("BCELoss", "fused loss", "inputs")
+        float(re.search(rf"{label}.*?│ +([\d.]+) +│", printed)[1])
+        for label in ("Sigmoid, BCELoss", "BCE on logits", "standardized inputs")
     ]
     assert costs[0] > 10 > costs[1] > costs[2]
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fusedact.fitting import batched, tiny
 from fusedact.fitting.engine import check_batches
 from fusedact.fitting.flat import check_rows
-from fusedact.fitting.order import order
+from fusedact.fitting.order import orders
 from fusedact.fitting.recipe import Recipe, Unsupported, read
+
+PASSES = 64  # whose orders are drawn together
 
 Inits = Mapping[str, Tensor] | Tensor
 
@@ -83,10 +85,11 @@ def fit_many(
 
     visited = len(x) // batch_size * batch_size if drop_last else len(x)
     sizes = [min(batch_size, visited - at) for at in range(0, visited, batch_size)]
-    orders = (order(len(x), generator, shuffle)[:visited] for _ in range(epochs))
+    counts = [min(PASSES, epochs - done) for done in range(0, epochs, PASSES)]
+    passes = (row[:visited] for count in counts for row in orders(count, len(x), generator, shuffle))
     obstacle = tiny.obstacle(recipe, x, sizes[0])
     engine, reason = (batched, obstacle) if obstacle else (tiny, f"the fastest on {x.device.type}")
-    costs = engine.train(recipe, x, y, starts, rates, sizes, orders)
+    costs = engine.train(recipe, x, y, starts, rates, sizes, passes)
     return FittedMany(costs, parameters, engine.__name__.rpartition(".")[2], reason)
 
 

@@ -61,12 +61,16 @@ class Network:
         parts = zip(recipe.layers, augmented(self.state.numbers[0]), augmented(self.gradient), strict=True)
         self.weights = [Weights(layer, w, g, w[:, : layer.weight.shape[1]]) for layer, w, g in parts]
 
+    @property
+    def is_linear(self) -> bool:
+        """The optimizer's step is a multiple of the gradient."""
+        return self.recipe.rule.name == "sgd" and not self.recipe.rule.weight_decay
+
     def update(self, scale: float) -> list[Call]:
-        """The optimizer's step on gradients that are still to be multiplied by the scale."""
+        """The optimizer's step, where it is linear times the scale."""
         rule, (flat, *moments) = self.recipe.rule, self.state.numbers
-        if rule.name == "sgd" and not rule.weight_decay:
+        if self.is_linear:
             return [partial(flat.add_, self.gradient, alpha=-rule.lr * scale)]
-        scaled = partial(self.gradient.mul_, torch.tensor(scale, dtype=flat.dtype))
         lists = [[flat], [self.gradient], *([moment] for moment in moments)]
         if len(moments) == 2:
             step = torch._fused_adamw_ if rule.name == "adamw" else torch._fused_adam_
@@ -76,7 +80,7 @@ class Network:
             numbers = {"momentum": rule.beta1, "dampening": 0.0, "nesterov": rule.name == "nesterov"}
             step = partial(torch._fused_sgd_, *lists, *([] if moments else [[]]), is_first_step=False, **numbers)
         counted = partial(self.step_counter.add_, 1)
-        return [scaled, counted, partial(step, lr=rule.lr, weight_decay=rule.weight_decay, maximize=False)]
+        return [counted, partial(step, lr=rule.lr, weight_decay=rule.weight_decay, maximize=False)]
 
 
 def padded(recipe: Recipe, size: int) -> int:
@@ -122,16 +126,23 @@ class Passes:
         with self.mode():
             self._gather(x, visited)
             targets = self._targets(y.index_select(0, visited), steps)
-            saturated, before = self.saturated, state.snapshot()
-            self._call(self.clamped if saturated else self.plain, steps)
             if self.sigmoid_and_bce:
-                self.saturated = self._is_saturated(steps)
-                if self.saturated and not saturated:
-                    state.restore(before)
-                    self.network.step_counter.fill_(state.steps)
-                    self._call(self.clamped, steps)
+                self._step_with_clamps(steps)
+            else:
+                self._call(self.plain, steps)
             state.steps += steps
             return self._losses(targets, steps)
+
+    def _step_with_clamps(self, steps: int) -> None:
+        """Plain steps, taken back where an output met a clamp; the next steps then begin with clamps."""
+        network, clamped = self.network, self.saturated
+        before = None if clamped else network.state.snapshot()
+        self._call(self.clamped if clamped else self.plain, steps)
+        self.saturated = self._is_saturated(steps)
+        if before and self.saturated:
+            network.state.restore(before)
+            network.step_counter.fill_(network.state.steps)
+            self._call(self.clamped, steps)
 
     def _gather(self, x: Tensor, visited: Tensor) -> None:
         rows = self.x[: len(visited)]
@@ -185,6 +196,8 @@ class Passes:
             calls += self._activated(layer, partial(torch.mm, augmented, below), self.z[at], y)
             below = y if last else self.hidden[at]
         calls += self._loss_gradient(step, clamped)
+        if not self.network.is_linear:
+            calls.append(partial(self.dz[-1].mul_, torch.tensor(self._scale(), dtype=self.dz[-1].dtype)))
         for at in reversed(range(len(self.layers))):
             layer, _, gradient, weight = self.network.weights[at]
             calls.append(partial(torch.mm, self.dz[at], inputs[at].t(), out=gradient))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedact.fitting.engine import Engine, Job, NotFinite, check_batches
 from fusedact.fitting.graph import Graph
 from fusedact.fitting.loop import Loop
-from fusedact.fitting.order import order
+from fusedact.fitting.order import orders
 from fusedact.fitting.persistent import Persistent
 from fusedact.fitting.recipe import Unsupported
 from fusedact.fitting.steps import Steps
@@ -101,10 +101,10 @@ class Training:
         epochs = min(self._epochs_per_slice, limit)
         drawn_from = self._generator or torch.default_generator
         before = drawn_from.get_state()
-        orders = [order(self._rows, self._generator, self._shuffle)[: self._visited] for _ in range(epochs)]
         started = time.perf_counter()
+        visited = orders(epochs, self._rows, self._generator, self._shuffle)[:, : self._visited]
         try:
-            losses = self._engine.train(torch.stack(orders))
+            losses = self._engine.train(visited)
         except NotFinite as fault:
             raise self._stopped(fault) from None
         except BaseException:

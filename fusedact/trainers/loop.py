@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fusedact.fitting import Training
-from fusedact.fitting.order import order
+from fusedact.fitting.order import orders
 
 TUTORIAL = "tutorial"  # an engine of trainers' own: the tutorial's loop and its data loader, which makes each row
 PLAIN = "plain"  # another: the same loop on rows that are on the device
@@ -129,7 +129,7 @@ class Trainer(ABC):
     def visited(self, rows: int) -> Tensor:
         """The rows that a DataLoader visits next, in its order, by its draws."""
         with self._drawing():
-            return order(rows, None)
+            return orders(1, rows, None)[0]
 
     def row(self, x: Any, y: Any) -> tuple[Any, Any]:
         """What the tutorial's data set makes of a row's numbers in numpy."""
@@ -213,7 +213,7 @@ class _Plain:
 
     def slice(self, limit: int) -> Tensor:
         x, y, size = self.trainer.x, self.trainer.y, self.trainer.settings.batch_size
-        visited = order(len(x), None)[: len(x) // size * size].to(x.device)
+        visited = orders(1, len(x), None)[0, : len(x) // size * size].to(x.device)
         return torch.stack([self.trainer.step(x[rows], y[rows]) for rows in visited.split(size)])[None]
 
 
