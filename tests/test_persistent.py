@@ -117,6 +117,13 @@ def test_what_one_launch_cannot_hold_is_said(triton_backend, device):
         )  # fmt: skip
 
 
+def test_the_loop_fuses_torchs_own_layers_and_losses(triton_backend, launches, device):
+    x, y = torch.randn(4, 3, device=device), torch.randint(0, 2, (4,), device=device)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).to(device)
+    fit(model, x, y, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD, epochs=1, batch_size=4, engine="loop")
+    assert launches.count == 5  # linear+ReLU, cross-entropy; its gradient, dz with db, dW
+
+
 # CUDA graphs
 
 

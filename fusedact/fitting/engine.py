@@ -3,10 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from fusedact import nn as ours
+from fusedact.nn.hooks import is_plain
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,22 @@ class Job:
     y: Tensor
     batch_size: int
     precision: str | None = None
+
+
+OURS: dict[Any, Any] = {
+    getattr(nn, kind.__name__): kind
+    for kind in (ours.Sequential, ours.CrossEntropyLoss, ours.NLLLoss, ours.BCELoss, ours.BCEWithLogitsLoss)
+}
+
+
+def fused(call: Any) -> Callable[..., Any]:
+    """Ours in the place of torch's Sequential or loss, over the same layers and options; anything else as it is."""
+    kind = OURS.get(type(call))
+    if kind is None or not is_plain(call):
+        return call
+    module = kind()
+    vars(module).update(vars(call))
+    return module
 
 
 def check_batches(x: Tensor, y: Tensor, batch_size: int, drop_last: bool) -> None:

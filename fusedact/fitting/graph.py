@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedact import backend
-from fusedact.fitting.engine import Engine, Job
+from fusedact.fitting.engine import Engine, Job, fused
 from fusedact.fitting.loop import Loop
 from fusedact.fitting.recipe import Unsupported, check_optimizer
 
@@ -36,6 +36,7 @@ class Graph(Engine):
         if job.precision is not None:
             raise Unsupported(f"engine 'graph' computes as the model does, not with precision={job.precision!r}")
         self.job = job
+        self.model, self.loss = fused(job.model), fused(job.loss)
         self.optimizer = _twin(job.optimizer)
         self._graphs: dict[tuple[int, int], Captured] = {}
         try:
@@ -111,7 +112,7 @@ class Graph(Engine):
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        cost = self.job.loss(self.job.model(x), y)
+        cost = self.loss(self.model(x), y)
         cost.backward()
         self.optimizer.step()
         return cost.detach()

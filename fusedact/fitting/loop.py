@@ -1,12 +1,14 @@
 """`loop`: the plain training loop, for any model, loss and optimizer, on rows that are on the device already.
 
+The layers of a Sequential of torch's, and torch's losses, run fused.
+
 It looks at each step's cost and gradients, which on a GPU is a synchronisation, before it takes the step.
 """
 
 import torch
 from torch import Tensor
 
-from fusedact.fitting.engine import Engine, Job, NotFinite
+from fusedact.fitting.engine import Engine, Job, NotFinite, fused
 from fusedact.fitting.recipe import Unsupported
 
 
@@ -17,6 +19,7 @@ class Loop(Engine):
         if job.precision is not None:
             raise Unsupported(f"engine 'loop' computes as the model does, not with precision={job.precision!r}")
         self.job = job
+        self.model, self.loss = fused(job.model), fused(job.loss)
         self.parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
 
     def train(self, order: Tensor) -> Tensor:
@@ -32,7 +35,7 @@ class Loop(Engine):
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
         """Leaves the gradients of the batch; returns its cost, ()."""
-        cost = self.job.loss(self.job.model(x), y)
+        cost = self.loss(self.model(x), y)
         self.job.optimizer.zero_grad()
         cost.backward()
         return cost.detach().reshape(())
