@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import cpu
 from fusedact.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -38,3 +39,7 @@ def test_gpu_figures_are_the_records():
 def test_python_blocks_name_what_exists(block):
     code = block.split("```")[0]
     compile(code, "README.md", "exec")
+
+
+def test_cpu_figures_are_the_records():
+    assert cpu.rendered(README) == README

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedact import activations, functional
-from fusedact.activations import lines_of
+from fusedact.activations import by_name, lines_of
 from fusedact.backend import get_backend
 
 _Class = TypeVar("_Class", bound=type[torch.nn.Module])
@@ -138,3 +138,14 @@ class Step(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.step(input)
+
+
+def of_layer(activation: str | torch.nn.Module | None, device: Any, dtype: Any) -> str | torch.nn.Module | None:
+    """What a layer keeps as its `activation=`: torch's module for a name, where torch has one.
+
+    Raises ValueError for an unknown name and TypeError for what is neither a name nor a module.
+    """
+    if not isinstance(activation, str | torch.nn.Module | None):
+        raise TypeError(f"activation must be a name, a module or None, got {activation!r}")
+    named = by_name(activation) if isinstance(activation, str) else None
+    return named.build(device, dtype) if named and named.module else activation

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import functional
-from fusedact.activations import by_name
+from fusedact.nn.activation import of_layer
 from fusedact.nn.hooks import is_plain
 
 
@@ -34,10 +34,7 @@ class Linear(torch.nn.Linear):
         activation: str | torch.nn.Module | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if not isinstance(activation, str | torch.nn.Module | None):
-            raise TypeError(f"activation must be a name, a module or None, got {activation!r}")
-        named = by_name(activation) if isinstance(activation, str) else None
-        self.activation = named.build(device, dtype) if named and named.module else activation
+        self.activation = of_layer(activation, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         activation = self.activation
