@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fusedact
 from fusedact.activations import ACTIVATIONS
+from fusedact.tuning.candidates import RATES, Chip, Problem, candidates
 
 PHASES = ("forward", "backward", "both")
 
@@ -21,8 +22,9 @@ PHASES = ("forward", "backward", "both")
 class Case:
     """One op at one shape and dtype.
 
-    shape: linear_act (M, N, K), conv2d_act (images, channels in, channels out, height and width, kernel), of classes
-        (rows, classes, ...), of yes and no (elements,) or (rows, classes)
+    shape: linear_act (M, N, K), linear_chain the same and a layer of K after it, conv2d_act (images, channels in,
+        channels out, height and width, kernel), of classes (rows, classes, ...), of yes and no (elements,) or
+        (rows, classes)
     precision: torch's float32 matmul precision
     threshold: the least ratio to stock eager, in device time of each phase and in wall time of both
     target: the ratio of both phases that a later version promises
@@ -49,10 +51,10 @@ class Case:
     @property
     def matrix_rate(self) -> str | None:
         """The ceiling that its FLOPs meet, or None where only bytes count."""
-        if self.op not in ("linear_act", "conv2d_act"):
+        if self.op not in ("linear_act", "linear_chain", "conv2d_act"):
             return None
         high = self.precision == "high" or self.op == "conv2d_act"  # cuDNN's default
-        kind = "bf16" if self.dtype == "bfloat16" else "tf32" if high else "fp32"
+        kind = "bf16" if self.torch_dtype.itemsize == 2 else "tf32" if high else "fp32"
         return f"{kind}, TFLOP/s"
 
     def work(self, phase: str) -> "Work":
@@ -130,6 +132,30 @@ def _linear_backward(case: Case) -> Work:
     return Work((2 * M * N + 2 * M * K + 2 * N * K + N) * case.torch_dtype.itemsize, 4 * M * N * K)
 
 
+def _chain_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    _, N, K = case.shape
+    activation = ACTIVATIONS[case.activation]
+    return nn.Sequential(nn.Linear(K, N), activation.build(), nn.Linear(N, K), activation.build())
+
+
+def _chain_formula(case: Case) -> Callable[..., Tensor]:
+    first = _linear_formula(case)
+    return lambda x, w1, b1, w2, b2: first(first(x, w1, b1), w2, b2)
+
+
+def _chain_forward(case: Case) -> Work:
+    """Two layers, of which the second reads what the first wrote."""
+    M, N, K = case.shape
+    return _linear_forward(case) + _linear_forward(replace(case, shape=(M, K, N)))
+
+
+def _chain_backward(case: Case) -> Work:
+    """As two layers, of which neither writes nor reads the dy between them."""
+    M, N, K = case.shape
+    saved = Work(-2 * M * N * case.torch_dtype.itemsize, 0)
+    return _linear_backward(case) + _linear_backward(replace(case, shape=(M, K, N))) + saved
+
+
 def _conv2d_module(nn: ModuleType, case: Case) -> torch.nn.Module:
     _, inputs, outputs, _, kernel = case.shape
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding="same"), ACTIVATIONS[case.activation].build())
@@ -204,6 +230,13 @@ OPS = {
         formula=_linear_formula,
         forward=_linear_forward,
         backward=_linear_backward,
+    ),
+    "linear_chain": Op(
+        module=_chain_module,
+        inputs=lambda case: (torch.randn(case.shape[0], case.shape[2], dtype=case.torch_dtype),),
+        formula=_chain_formula,
+        forward=_chain_forward,
+        backward=_chain_backward,
     ),
     "conv2d_act": Op(
         module=_conv2d_module,
@@ -295,7 +328,7 @@ OPS = {
 # fmt: off
 CASES = (
     Case("linear_act", (4096, 4096, 4096), "bfloat16", "relu"),
-    Case("linear_act", (4096, 4096, 4096), "float32", "relu", target=1.8),
+    Case("linear_act", (4096, 4096, 4096), "float32", "relu", threshold=1.8),
     Case("cross_entropy", (4096, 32000), "bfloat16", target=2.0),
     Case("cross_entropy", (4096, 32000), "float32", target=2.0),
     Case("bce_with_logits", (2**26,), "float32", target=3.9),
@@ -306,10 +339,18 @@ CASES = (
     Case("linear_act", (4096, 4096, 4096), "bfloat16", "gelu"),
     Case("linear_act", (4096, 4096, 4096), "bfloat16", "silu"),
     Case("linear_act", (4096, 4096, 4096), "bfloat16", "sigmoid"),
+    Case("linear_chain", (4096, 4096, 4096), "bfloat16", "relu"),
+    Case("linear_chain", (4096, 4096, 4096), "bfloat16", "gelu"),
     Case("linear_act", (2048, 1024, 1024), "bfloat16", "relu"),
     Case("linear_act", (2048, 1024, 1024), "float32", "relu"),
     Case("linear_act", (100, 256, 784), "bfloat16", "relu"),
     Case("linear_act", (64, 1, 3), "bfloat16", "sigmoid"),
+    Case("linear_act", (1, 4096, 4096), "bfloat16", "relu"),
+    Case("linear_act", (4096, 4096, 4096), "float16", "relu"),
+    Case("linear_act", (4090, 4090, 4090), "bfloat16", "relu"),
+    Case("linear_act", (4090, 4090, 4090), "float32", "relu"),
+    Case("linear_chain", (4096, 1024, 1024), "float32", "relu"),
+    Case("linear_chain", (100, 256, 784), "float32", "relu"),
     Case("cross_entropy", (4096, 128256), "bfloat16", target=2.0),
     Case("cross_entropy", (4096, 128256), "float32", target=2.0),
     Case("cross_entropy", (32768, 1000), "bfloat16", target=2.0),
@@ -328,7 +369,7 @@ CASES = (
     Case("cross_entropy", (32768, 128256), "bfloat16", target=2.0),
     Case("cross_entropy", (32768, 128256), "float32", target=2.0),
     Case("linear_act", (8192, 8192, 8192), "float32", "relu", "high"),
-    Case("linear_act", (8192, 8192, 8192), "float32", "relu", target=1.8),
+    Case("linear_act", (8192, 8192, 8192), "float32", "relu", threshold=1.8),
     Case("cross_entropy_smoothed", (4096, 32000), "bfloat16", target=2.0),
     Case("cross_entropy_smoothed", (32768, 1000), "float32", target=2.0),
     Case("cross_entropy_probabilities", (32768, 1000), "bfloat16", target=2.0),
@@ -345,6 +386,15 @@ CASES = (
     Case("conv2d_act", (16, 50, 120, 28, 7), "float32", "relu"),
 )
 # fmt: on
+
+# Against max-autotune as well, which takes its time to compile.
+AUTOTUNED = (
+    Case("linear_act", (4096, 4096, 4096), "bfloat16", "relu"),
+    Case("linear_act", (4096, 4096, 4096), "float32", "relu", threshold=1.8),
+    Case("linear_act", (8192, 8192, 8192), "bfloat16", "relu"),
+    Case("linear_act", (4096, 4096, 4096), "float32", "relu", "high"),
+    Case("linear_act", (2048, 1024, 1024), "bfloat16", "relu"),
+)
 
 STEPS = (Step("S1", "binary"), Step("S3", "xor"), Step("S5", "mnist-softmax"), Step("S6", "mnist-mlp"))
 
@@ -392,6 +442,20 @@ def contenders(case: Case, seed: int, compiled: Callable[..., Tensor] | None = N
     if compiled is not None:
         runs["compile"] = Contender(compiled, (*inputs, *parameters), (x, *parameters))
     return runs
+
+
+def every_tile(task: str, dtypes: list[torch.dtype]) -> dict[str, tuple[torch.dtype, Any]]:
+    """(dtype, tile) of all chips' candidates, each once. The interpreter tells neither warps nor stages apart."""
+    found: dict[Any, tuple[str, torch.dtype, Any]] = {}
+    for kind in RATES:
+        chip = Chip(kind, shared_memory=227 * 1024, warp_size=32, multiprocessors=3)
+        for dtype in dtypes:
+            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+                for name, tile in candidates(Problem(task, 1024, 1024, 1024, dtype, precision, True, chip)).items():
+                    interpreted = tile and tile._replace(num_warps=4, num_stages=1, specialized=False)
+                    key = tile if torch.cuda.is_available() else interpreted
+                    found.setdefault((dtype, key), (f"{dtype} {name}", dtype, tile))
+    return {name: (dtype, tile) for name, dtype, tile in found.values()}
 
 
 def output_gradient(y: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The machine code of every kernel for every target, read without a GPU: `python -m bench.codegen`.
 
 A case calls a launcher with tensors of the meta device while the driver claims to be the target, so the JIT
-specializes and compiles what it would there. The machine code tells registers, spills, load widths and matrix
-instructions; the case tells its least bytes and FLOPs, and so the least time on an H200.
+specializes and compiles what it would there. The machine code tells registers, spills, load widths, matrix
+instructions and the loop that holds them; the case tells its least bytes and FLOPs, and so the least time on an
+H200. Both together tell an estimate of the time on each chip.
 """
 
 import json
+import math
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,112 +28,68 @@ from rich.table import Column, Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.assembly import (
+    COPY,
+    LOAD,
+    STORE,
+    Assembly,
+    matrix_instructions,
+    moved_bits,
+    read_amd,
+    read_nvidia,
+)
 from bench.codegen_cases import CASES, EVERY_ACTIVATION, PRECISIONS, Case, Work
 
 COPY_BYTES_PER_S = 4.3e12  # H200, as the rates below
 
 
-# Machine code
+# Chips
 
 
-class Assembly(NamedTuple):
-    """A kernel as the assembler left it.
+class Speed(NamedTuple):
+    """What a chip does at most: the H200 (sm_90) by what was measured, the others by their data sheets."""
 
-    spills: a thread's bytes of stack, and on AMD the vector registers saved there too (a scalar register that
-    moves into a lane of a vector register is none). events: what orders memory, a letter each.
-    """
-
-    registers: int
-    spills: int
-    mnemonics: list[str]
-    events: str
-
-
-# S store, B barrier, L load of a partial, G other load, X other atomic; at the GPU's scope T ticket (acquire and
-# release), R arrival at a grid barrier (release), A look at it (acquire).
-PTX_EVENTS = re.compile(
-    r"""(?P<S>\bst\.global) | (?P<B>\bbar\.sync) | (?P<L>\bld\.global\.cg)
-    | (?P<T>\batom\.global\.gpu\.acq_rel\.add\.u32) | (?P<R>\batom\.global\.gpu\.release\.add\.u(?:32|64))
-    | (?P<A>\bld\.global\.gpu\.acquire) | (?P<G>\bld\.global|\bcp\.async\.c[ag]\.shared\.global)
-    | (?P<X>\b(?:atom|red)\.)""",
-    re.VERBOSE,
-)
-AMD_EVENTS = re.compile(
-    r"""(?P<S>(?:global|buffer)_store) | (?P<B>s_barrier) | (?P<L>(?:global|buffer)_load.*\ sc0\ nt)
-    | (?P<T>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add\ .*\ sc0\n
-        s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
-    | (?P<R>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add)
-    | (?P<A>global_load_dword.*\ sc1\n s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
-    | (?P<G>(?:global|buffer)_load) | (?P<X>_atomic_)""",
-    re.VERBOSE,
-)
-ORDERED = re.compile("[SB]*(BTB[SB]*L[SBL]*)*")  # of all but G
-ARRIVAL = re.compile("BRA")  # at a grid barrier, and the first look at it: no load in between
-LOOK = re.compile("BA")  # again, in a loop
-FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)|_atomic_\w*_b?f(?:16|32|64)")
-LOAD = re.compile(r"LDG\b|LDGSTS|(?:global|buffer)_load")
-MATRIX = re.compile(r"[A-Z]*MMA\b|v_mfma")
-BITS = {"256": 256, "128": 128, "dwordx4": 128, "dwordx3": 96, "64": 64, "dwordx2": 64}
-BITS |= {"U16": 16, "ushort": 16, "short": 16, "U8": 8, "S8": 8, "ubyte": 8, "sbyte": 8}
-
-
-def events(pattern: re.Pattern, text: str) -> str:
-    return "".join(match.lastgroup or "" for match in pattern.finditer(text))
-
-
-def load_bits(mnemonic: str) -> int:
-    return next((BITS[part] for part in re.split(r"[._]", mnemonic) if part in BITS), 32)
-
-
-def tool(name: str, *arguments: str) -> str:
-    """What that tool, of those in Triton's wheel, prints."""
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def read_nvidia(asm) -> Assembly:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = tool("nvdisasm", "-ndf", "-c", cubin.name)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
-    mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.MULTILINE)
-    return Assembly(registers, stack + local, mnemonics, events(PTX_EVENTS, asm["ptx"]))
-
-
-def read_amd(asm) -> Assembly:
-    text = asm["amdgcn"]
-    figures = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)$", text, re.MULTILINE)}
-    code = re.findall(r"^\t(?!s_nop)([a-z].*)", text, re.MULTILINE)
-    return Assembly(
-        registers=figures["vgpr_count"],
-        spills=figures["vgpr_spill_count"] + figures["private_segment_fixed_size"],
-        mnemonics=[line.split()[0] for line in code],
-        events=events(AMD_EVENTS, "\n".join(code)),
-    )
+    multiprocessors: int
+    schedulers: int  # of a multiprocessor; each issues an instruction of one warp a cycle
+    hertz: float
+    bytes_per_s: float
+    flops: dict[str, int]  # a cycle and multiprocessor, by precision
 
 
 class Chip(NamedTuple):
-    """A target and what one program may take of it."""
+    """A target, what one program may take of it, and its speed."""
 
     target: GPUTarget
     shared_memory: int
     registers: int  # a thread
     register_file: int  # all threads
     read: Callable[[Any], Assembly]
+    speed: Speed
 
+
+A100 = Speed(108, 4, 1.41e9, 2.0e12, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "fp32": 128, "fp64": 128})
+# The clock at which the 790 TFLOP/s measured in bf16 are all that it can do; data sheets have a faster one.
+H200 = Speed(132, 4, 1.46e9, COPY_BYTES_PER_S, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "fp32": 256, "fp64": 256})
+B200 = Speed(148, 4, 1.86e9, 7.7e12, {"bf16": 8192, "fp16": 8192, "tf32": 4096, "fp32": 256, "fp64": 128})
+# Four SIMDs of 16 lanes take four cycles to a wave of 64: together an instruction a cycle.
+MI300X = Speed(304, 1, 2.1e9, 5.3e12, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "fp32": 256, "fp64": 256})
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, 255, 65536, read_nvidia),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 255, 65536, read_nvidia),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, 255, 65536, read_nvidia),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 512, 131072, read_amd),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, 255, 65536, read_nvidia, A100),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 255, 65536, read_nvidia, H200),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, 255, 65536, read_nvidia, B200),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 512, 131072, read_amd, MI300X),
 }
 
 
 # Report
+
+ORDERED = re.compile("[SB]*(BTB[SB]*L[SBL]*)*")  # of all events but G
+ARRIVAL = re.compile("BRA")  # at a grid barrier, and the first look at it: no load in between
+LOOK = re.compile("BA")  # again, in a loop
+FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)|_atomic_\w*_b?f(?:16|32|64)")
 
 
 class Offline:
@@ -147,6 +103,7 @@ class Offline:
 
 class Launch(NamedTuple):
     kernel: Any
+    programs: int
     bytes: int  # of the tensors it was given
 
 
@@ -154,6 +111,8 @@ def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
+        elif isinstance(argument, TensorDescriptor):
+            yield argument.base
         elif isinstance(argument, tuple):
             yield from tensors(argument)
 
@@ -165,7 +124,7 @@ def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        recorded.append(Launch(kernel, sum(x.nbytes for x in tensors(args))))
+        recorded.append(Launch(kernel, math.prod(grid), sum(x.nbytes for x in tensors(args))))
 
     driver.set_active(Offline(chip.target))
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -173,14 +132,47 @@ def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
     return work, recorded
 
 
+def estimate(chip: Chip, case: Case, work: Work, launch: Launch, assembly: Assembly) -> float:
+    """Seconds that the launch should take: a model's, measured by nobody; 0 where the model says nothing.
+
+    A product takes flops / (2 block_m block_n block_k) steps, shared evenly by its programs, which run in waves of
+    one to a multiprocessor. A step takes what is longer: its FLOPs at the multiprocessor's rate, or its instructions
+    for every warp, one a cycle from each scheduler, where a pass of the loop is as many steps as it loads tiles for.
+    Any other kernel issues its loop, or its whole text where it has none, as often as what that loads and stores goes
+    into its bytes. Nothing is faster than its bytes. Nothing is said of a trainer, whose products have no one tile,
+    nor of programs too few for the chip, which wait more than they work. Left out: prologue, epilogue, caches,
+    latency, the launch, and the last tile of a program that takes several.
+    """
+    speed, metadata = chip.speed, launch.kernel.metadata
+    m, n, k = (getattr(work.config, block, 0) for block in ("block_m", "block_n", "block_k"))
+    code = assembly.step or assembly.mnemonics
+    issue = len(code) * metadata.num_warps / speed.schedulers
+    bits = sum(moved_bits(mnemonic) for mnemonic in code if LOAD.match(mnemonic) or STORE.match(mnemonic))
+    moved = bits // 8 * metadata.num_warps * chip.target.warp_size
+    if work.flops and m * n * k:
+        product, _, times = case.precision.partition("x")  # tf32x3: three products in tf32
+        step = 2 * m * n * k
+        multiply = step * int(times or 1) / speed.flops[product]
+        steps_a_pass = max(1, round(moved / ((m + n) * k * PRECISIONS[product].dtype.itemsize)))
+        waves = math.ceil(launch.programs / speed.multiprocessors)
+        cycles = work.flops / step / launch.programs * waves * max(multiply, issue / steps_a_pass)
+    elif not work.flops and moved and launch.programs >= speed.multiprocessors:
+        cycles = work.bytes / moved * issue / speed.multiprocessors
+    else:
+        return 0.0
+    return max(cycles / speed.hertz, work.bytes / speed.bytes_per_s)
+
+
 @dataclass(frozen=True)
 class Report:
     """A case on a chip.
 
-    loads: how many of each width in bits. ordered: whether partial sums are, None where there are none. barriers: how
-    many loads follow each arrival at a grid barrier, as the text has them; looks: loops that wait for one; stray: what
-    else arrives or looks.
-    bytes_given: of the tensors that the kernel was given, workspace included. floor_us: on an H200.
+    step_instructions, step_matrix: of one pass of the loop that does the work, and how many of these are matrix
+    instructions. loads: how many of each width in bits; copies: of tiles, by the copy engine. ordered: whether partial
+    sums are, None where there are none. barriers: how many loads follow each arrival at a grid barrier, as the text
+    has them; looks: loops that wait for one; stray: what else arrives or looks.
+    bytes_given: of the tensors that the kernel was given, workspace included. floor_us: on an H200; estimate_us:
+    on this chip, by the model of `estimate`.
     """
 
     case: str
@@ -191,13 +183,17 @@ class Report:
     error: str | None = None
     config: dict[str, int] = field(default_factory=dict)
     launches: int = 0
+    programs: int = 0
     registers: int = 0
     registers_limit: int = 0
     spills: int = 0
     shared_memory: int = 0
     shared_memory_limit: int = 0
     instructions: int = 0
+    step_instructions: int = 0
+    step_matrix: int = 0
     loads: dict[int, int] = field(default_factory=dict)
+    copies: int = 0
     matrix: dict[str, int] = field(default_factory=dict)
     ordered: bool | None = None
     barriers: tuple[int, ...] = ()
@@ -208,6 +204,7 @@ class Report:
     bytes_given: int = 0
     flops: int = 0
     floor_us: float = 0.0
+    estimate_us: float = 0.0
 
 
 def examine(case: Case, name: str) -> Report:
@@ -219,7 +216,6 @@ def examine(case: Case, name: str) -> Report:
         return replace(report, error=f"{type(error).__name__}: {error}")
     asm, metadata = launch.kernel.asm, launch.kernel.metadata
     assembly = chip.read(asm)
-    matrix = (MATRIX.match(mnemonic) for mnemonic in assembly.mnemonics)
     sums = assembly.events.replace("G", "")
     _, *stretches = ARRIVAL.split(assembly.events)
     least_s = max(work.bytes / COPY_BYTES_PER_S, work.flops / PRECISIONS[case.precision].flops_per_s)
@@ -227,14 +223,18 @@ def examine(case: Case, name: str) -> Report:
         report,
         config=work.config._asdict(),
         launches=1 + len(others),
+        programs=launch.programs,
         registers=assembly.registers,
         registers_limit=min(chip.registers, chip.register_file // (metadata.num_warps * chip.target.warp_size)),
         spills=assembly.spills,
         shared_memory=metadata.shared,
         shared_memory_limit=chip.shared_memory,
         instructions=len(assembly.mnemonics),
-        loads=dict(Counter(load_bits(m) for m in assembly.mnemonics if LOAD.match(m))),
-        matrix=dict(Counter(match.group() for match in matrix if match)),
+        step_instructions=len(assembly.step),
+        step_matrix=len(matrix_instructions(assembly.step)),
+        loads=dict(Counter(moved_bits(m) for m in assembly.mnemonics if LOAD.match(m))),
+        copies=sum(bool(COPY.match(mnemonic)) for mnemonic in assembly.mnemonics),
+        matrix=dict(Counter(matrix_instructions(assembly.mnemonics))),
         ordered=bool(ORDERED.fullmatch(sums)) if re.search("[TX]", sums) else None,
         barriers=tuple(len(re.findall("[LG]", stretch)) for stretch in stretches),
         looks=sum(len(LOOK.findall(stretch)) for stretch in stretches),
@@ -244,6 +244,7 @@ def examine(case: Case, name: str) -> Report:
         bytes_given=launch.bytes,
         flops=work.flops,
         floor_us=round(least_s * 1e6, 3),
+        estimate_us=round(estimate(chip, case, work, launch, assembly) * 1e6, 3),
     )
 
 
@@ -256,8 +257,8 @@ def examine_all(jobs: list[tuple[Case, str]]) -> Iterator[Report]:
 # Output
 
 COLUMNS = {
-    "chip": 6, "config": 18, "registers": 9, "spills": 6, "shared KB": 11, "instructions": 12,
-    "loads x bits": 26, "matrix": 11, "partials": 11, "barriers": 8,
+    "chip": 6, "config": 18, "registers": 9, "spills": 6, "shared KB": 9, "instructions": 12, "step/matrix": 11,
+    "loads x bits": 20, "matrix": 11, "partials": 11, "barriers": 8, "estimate/floor": 14,
 }  # fmt: skip
 
 
@@ -275,10 +276,12 @@ def row(report: Report) -> tuple[str, ...]:
         f"[red]{report.spills}" if report.spills else "0",
         f"{report.shared_memory / 1024:.1f}/{report.shared_memory_limit // 1024}",
         str(report.instructions),
+        f"{report.step_instructions}/{report.step_matrix}" if report.step_instructions else "",
         tally(report.loads),
         tally(report.matrix),
         {None: "", True: "ordered", False: "[red]not ordered"}[report.ordered],
         "[red]broken" if report.stray or report.looks != len(report.barriers) else str(report.looks or ""),
+        f"{report.estimate_us:.5g}/{report.floor_us:.5g}" if report.estimate_us else "",
     )
 
 
@@ -286,7 +289,7 @@ def show(case: str, reports: list[Report], console: Console) -> None:
     errors = [f"[red]{escape(report.error)}" for report in reports if report.error]
     work = max(reports, key=lambda report: report.bytes)
     least = f"{work.bytes / 1e6:.2f} MB, {work.flops / 1e9:.2f} GFLOP, {work.floor_us:.1f} µs on an H200"
-    table = Table(*(Column(name, width=width) for name, width in COLUMNS.items()), box=None)
+    table = Table(*(Column(name, width=width, overflow="fold") for name, width in COLUMNS.items()), box=None)
     for report in reports:
         table.add_row(*row(report))
     console.print(f"\n[bold]{case}[/]: launches {work.launches}; at least {least}", table, *errors, sep="\n")
@@ -311,10 +314,10 @@ def main(targets: Targets = None, kernels: Kernels = None, every: Every = False,
     named = {str(case) for case in cases} & set(kernels or [])
     starts = tuple(set(kernels or [""]) - named)
     cases = tuple(case for case in cases if str(case) in named or str(case).startswith(starts))
-    jobs = list(product(cases, targets or CHIPS))
+    jobs = [(case, chip) for case, chip in product(cases, targets or CHIPS) if chip in case.chips]
     reports = list(track(examine_all(jobs), "compiling", len(jobs), console=Console(stderr=True)))
     console = Console()
-    console.width = max(console.width, 140)
+    console.width = max(console.width, 160)
     for case, group in groupby(reports, lambda report: report.case):
         show(case, list(group), console)
     if output:

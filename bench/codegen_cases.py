@@ -16,6 +16,7 @@ from fusedact.kernels import activations as device
 from fusedact.kernels import (
     bce,
     bias_activation,
+    chain,
     cross_entropy,
     elementwise,
     linear,
@@ -27,6 +28,8 @@ from fusedact.kernels import (
     training_single,
     training_tiny,
 )
+from fusedact.tuning import Chip, Problem, candidates
+from fusedact.tuning.candidates import RATES, estimates
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16, "ieee", 790e12),
     "fp16": Precision(torch.float16, "ieee", 790e12),
     "tf32": Precision(torch.float32, "tf32", 395e12),
+    "tf32x3": Precision(torch.float32, "tf32x3", 395e12 / 3),
     "fp32": Precision(torch.float32, "ieee", 52e12),
     "fp64": Precision(torch.float64, "ieee", 67e12),  # the data sheet's
 }
@@ -66,28 +70,55 @@ def parameters(activation: str, slope: Tensor) -> tuple[tuple[float, ...], Tenso
     return entry.parameters({}), slope if entry.learned else None
 
 
-def linear_forward(chip, p, M, N, K, activation="relu", save_z=False):
-    config = linear.tile(M, N, K, p.dtype.itemsize, chip.shared_memory)
+def product_tile(chip, p, task, a, b, name=None):
+    """The tile of that name, or the rule's, the library's product left out, for a (M, K) and b (N, K)."""
+    (M, K), N = a.shape, b.shape[0]
+    kind = chip.target.arch if chip.target.backend == "hip" else f"sm_{chip.target.arch}"
+    there = Chip(kind, chip.shared_memory, chip.target.warp_size, multiprocessors=132)
+    aligned = linear.is_aligned(a) and linear.is_aligned(b)
+    problem = Problem(task, M, N, K, p.dtype, "tf32" if p.dot == "tf32" else "ieee", aligned, there)
+    tiles = candidates(problem)
+    if name:
+        return tiles[name]
+    times = {n: s for n, s in estimates(problem).items() if tiles[n] is not None and tiles[n].precision == p.dot}
+    return tiles[min(times, key=times.__getitem__)]
+
+
+def linear_forward(chip, p, M, N, K, activation="relu", save_z=False, tile=None):
+    x, w = p.empty(M, K), p.empty(N, K)
+    config = product_tile(chip, p, "forward", x, w, tile)
     act_params, slope = parameters(activation, p.empty(N))
     act = getattr(device, activation)
-    linear.forward(p.empty(M, K), p.empty(N, K), p.empty(N), act, act_params, slope, p.dot, config, save_z)
+    linear.forward(x, w, p.empty(N), act, act_params, slope, config, save_z)
     elements = M * K + N * K + N + M * N * (2 if save_z else 1)
     return Work(config, elements * p.dtype.itemsize, 2 * M * N * K)
 
 
-def linear_product(chip, p, a, b):
+def linear_product(chip, p, task, a, b, tile):
     (M, K), N = a.shape, b.shape[1]
-    config = linear.tile(M, N, K, p.dtype.itemsize, chip.shared_memory)
-    linear.product(a, b, p.dot, config)
+    config = product_tile(chip, p, task, a, b.t(), tile)
+    linear.product(a, b, config)
     return Work(config, (M * K + K * N + M * N) * p.dtype.itemsize, 2 * M * N * K)
 
 
-def linear_dx(chip, p, M, N, K):
-    return linear_product(chip, p, p.empty(M, N), p.empty(N, K))
+def linear_dx(chip, p, M, N, K, tile=None):
+    return linear_product(chip, p, "dx", p.empty(M, N), p.empty(N, K), tile)
 
 
-def linear_dw(chip, p, M, N, K):
-    return linear_product(chip, p, p.empty(M, N).t(), p.empty(M, K))
+def linear_dw(chip, p, M, N, K, tile=None):
+    return linear_product(chip, p, "dw", p.empty(M, N).t(), p.empty(M, K), tile)
+
+
+def chain_backward(chip, p, M, N, K, activation="relu", from_output=True, tile=None):
+    """dz_next (M, K) by W (K, N)."""
+    dz_next, w, saved = p.empty(M, K), p.empty(K, N), p.empty(M, N)
+    config = product_tile(chip, p, "backward", dz_next, w.t(), tile)
+    act_params, slope = parameters(activation, p.empty(N))
+    act, act_grad = getattr(device, activation), getattr(device, f"{activation}_grad")
+    wanted = True, slope is not None
+    chain.backward(dz_next, w, saved, act, act_grad, act_params, slope, from_output, *wanted, config, None)
+    elements = M * K + K * N + M * N * (2 if from_output else 3) + N
+    return Work(config, elements * p.dtype.itemsize, 2 * M * N * K)
 
 
 def bias_activation_backward(chip, p, M, N, activation="relu", db=True, slopes=None):
@@ -318,6 +349,8 @@ def gradient_by_name(name):
 
 # Cases
 
+SPLIT = ("sm_80", "sm_90", "sm_100")  # where float32 products are made of three
+
 
 @dataclass(frozen=True)
 class Case:
@@ -325,13 +358,52 @@ class Case:
     precision: str
     shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    chips: tuple[str, ...] = tuple(RATES)  # that it is for
 
     def __str__(self) -> str:
         options = (f"{name}={value}" for name, value in self.options.items())
         return " ".join((self.launcher.__name__, self.precision, "x".join(map(str, self.shape)), *options))
 
 
+def cases_of_tiles(launcher, task):
+    """Every tile that the copy engine or three tf32 products make, whatever the rule chooses.
+
+    Of those whose warps specialize only one compiles on every Triton.
+    """
+    shape = (8192, 8192, 8192)
+    chips = {}
+    for kind in RATES:
+        there = Chip(kind, 227 * 1024, 32, multiprocessors=132)
+        for precision in ("bf16", "tf32", "tf32x3"):
+            p = PRECISIONS[precision]
+            asked = "tf32" if p.dot == "tf32" else "ieee"
+            for name, tile in candidates(Problem(task, *shape, p.dtype, asked, True, there)).items():
+                if (
+                    tile is None
+                    or tile.precision != p.dot
+                    or (tile.specialized and (tile.block_m, kind) != (64, "sm_90"))
+                ):
+                    continue
+                if tile.programs or tile.precision == "tf32x3":
+                    chips.setdefault((precision, name), []).append(kind)
+    return tuple(Case(launcher, precision, shape, {"tile": name}, tuple(on)) for (precision, name), on in chips.items())
+
+
 CASES = (
+    *cases_of_tiles(linear_forward, "forward"),
+    *cases_of_tiles(chain_backward, "backward"),
+    Case(linear_forward, "tf32x3", (8192, 8192, 8192), chips=SPLIT),
+    Case(linear_forward, "tf32x3", (8192, 8192, 8192), {"activation": "gelu", "save_z": True}, SPLIT),
+    Case(linear_forward, "tf32x3", (8190, 8190, 8190), chips=SPLIT),
+    Case(linear_dx, "tf32x3", (8192, 8192, 8192), chips=SPLIT),
+    Case(linear_dw, "tf32x3", (8192, 8192, 8192), chips=SPLIT),
+    Case(linear_dx, "tf32x3", (8190, 8190, 8190), chips=SPLIT),
+    Case(linear_dw, "tf32x3", (8190, 8190, 8190), chips=SPLIT),
+    Case(chain_backward, "bf16", (8192, 8192, 8192), {"activation": "gelu", "from_output": False}),
+    Case(chain_backward, "bf16", (8192, 8192, 8192), {"activation": "prelu", "from_output": False}),
+    Case(chain_backward, "tf32x3", (8192, 8192, 8192), {"activation": "mish", "from_output": False}, SPLIT),
+    Case(chain_backward, "bf16", (100, 256, 784)),
+    Case(linear_forward, "bf16", (8190, 8190, 8190)),
     Case(linear_forward, "bf16", (8192, 8192, 8192)),
     Case(linear_forward, "bf16", (8192, 8192, 8192), {"activation": "gelu", "save_z": True}),
     Case(linear_forward, "bf16", (8192, 8192, 8192), {"activation": "tanh"}),

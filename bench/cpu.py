@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fusedact.cli import COMPARED
+from fusedact.cli.training import COMPARED
 from fusedact.trainers import LAYERS, TRAINERS, Binary
 from fusedact.trainers.runs import Run, train
 from fusedact.trainers.sweep import sweep_xor

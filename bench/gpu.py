@@ -166,6 +166,14 @@ def interpreted(run: Run, deadline: float) -> dict:
     return _units(run, "check", list(_cases(run.dry)), deadline, {"FUSEDACT_BACKEND": "triton"} | _interpreted(run))
 
 
+def autotuned(run: Run, deadline: float) -> dict:
+    """Some of the cases again, with torch.compile's max-autotune as the compiler."""
+    from bench.cases import AUTOTUNED
+
+    cases = dict.fromkeys(case.tiny().name for case in AUTOTUNED) if run.dry else [case.name for case in AUTOTUNED]
+    return _units(run, "autotuned", list(cases), deadline, {"FUSEDACT_BACKEND": "torch"} if run.dry else {})
+
+
 def steps(run: Run, deadline: float) -> dict:
     from bench.cases import STEPS
 
@@ -184,6 +192,7 @@ SECTIONS = (
     Section("fits", fits, 0.10),
     Section("ops", ops, 0.43),
     Section("steps", steps, 0.10),
+    Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
 )
 
@@ -307,7 +316,7 @@ def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
         return _facts(device)
     from bench import fits as fits_of_bench
     from bench import measure
-    from bench.cases import STEPS
+    from bench.cases import AUTOTUNED, STEPS
 
     if job["kind"] == "fits":
         return fits_of_bench.measure_fit({fit.name: fit for fit in fits_of_bench.FITS}[name], device, job["dry"])
@@ -316,9 +325,12 @@ def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
         return measure.CEILINGS[name](device, effort)
     if job["kind"] == "steps":
         return measure.measure_step({step.name: step for step in STEPS}[name], device, effort)
+    if job["kind"] == "autotuned":
+        cases = {case.name: case for case in (case.tiny() if job["dry"] else case for case in AUTOTUNED)}
+        return measure.measure_case(cases[name], device, effort, compiling="max-autotune-no-cudagraphs")
     case = _cases(job["dry"])[name]
     if job["kind"] == "ops":
-        return measure.measure_case(case, device, effort, compiling=seconds >= COMPILING)
+        return measure.measure_case(case, device, effort, compiling="default" if seconds >= COMPILING else None)
     if job["kind"] == "warm":
         return measure.warm_case(case, device)
     return measure.check_case(case, device)

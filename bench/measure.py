@@ -40,16 +40,17 @@ FULL = Effort(rounds=5, seconds=0.01, sets=128, edge=8192, elements=2**30)
 DRY = Effort(rounds=2, seconds=0.0005, sets=2, edge=64, elements=2**12)
 
 
-def measure_case(case: Case, device: torch.device, effort: Effort, compiling: bool) -> dict:
+def measure_case(case: Case, device: torch.device, effort: Effort, compiling: str | None) -> dict:
     """Errors against float64, then, unless the kernel is wrong, times and memory of each phase.
 
+    compiling: the mode in which torch.compile takes part.
     Raises MemoryError where the case does not fit the device.
     """
     needed = HELD * case.work("forward").bytes
     if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB, free are {free / 2**30:.0f}")
     torch.set_float32_matmul_precision(case.precision)
-    compiled = _compiled(case, device) if compiling else None
+    compiled = _compiled(case, device, compiling) if compiling else None
     with torch.device(device):
         sets = [contenders(case, seed, compiled) for seed in range(_set_count(case, device, effort))]
     dys = [output_gradient(runs["stock"].forward().detach()) for runs in sets]
@@ -70,7 +71,7 @@ def warm_case(case: Case, device: torch.device) -> dict:
     """Seconds of the first call, forward with backward: what is compiled then, `measure_case` finds on disk."""
     torch.set_float32_matmul_precision(case.precision)
     with torch.device(device):
-        runs = contenders(case, 0, _compiled(case, device))
+        runs = contenders(case, 0, _compiled(case, device, "default"))
     dy = output_gradient(runs["stock"].forward().detach())
     return {f"{name}_s": _seconds(runs[name].call("both", dy)) for name in ("fusedact", "compile")}
 
@@ -130,11 +131,12 @@ def _in_turn(step: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor]]) 
     return lambda: step(*next(endless))
 
 
-def _compiled(case: Case, device: torch.device) -> Callable[..., Tensor]:
+def _compiled(case: Case, device: torch.device, mode: str) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # else the second shape would be compiled as a dynamic one
     torch._functorch.config.donated_buffer = False  # the backward alone runs many times on one graph
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    return torch.compile(OPS[case.op].formula(case), backend=backend)
+    if device.type == "cpu":
+        return torch.compile(OPS[case.op].formula(case), backend="aot_eager")
+    return torch.compile(OPS[case.op].formula(case), mode=mode)
 
 
 def _set_count(case: Case, device: torch.device, effort: Effort) -> int:
@@ -396,6 +398,28 @@ def tf32_operands(device: torch.device, effort: Effort) -> dict[str, str]:
     return found
 
 
+@triton.jit
+def _sum_kernel(x_ptr, w_ptr, z_ptr, M: tl.constexpr, K: tl.constexpr):
+    rows, k = tl.arange(0, M), tl.arange(0, K)
+    x = tl.load(x_ptr + rows[:, None] * K + k[None, :])  # (M, K)
+    w = tl.load(w_ptr + k[:, None] * K + k[None, :])  # (K, K)
+    z_ptrs = z_ptr + rows[:, None] * K + k[None, :]
+    tl.store(z_ptrs, tl.dot(x, w, tl.load(z_ptrs), input_precision="tf32"))
+
+
+def tensor_core_sums(device: torch.device, effort: Effort) -> dict[str, str]:
+    """Whether a tensor core rounds what it adds: it decides how many products may share an accumulator in tf32x3."""
+    names = {1.0: "cut off", 1 + 2**-23: "rounded"}
+    found = {}
+    for rows in (64, 16):
+        x = torch.zeros(rows, 32, device=device)
+        x[:, 0] = 1.5 * 2**-24  # three quarters of the last digit of 1
+        z = torch.ones(rows, 32, device=device)
+        _sum_kernel[(1,)](x, torch.eye(32, device=device)[:1].expand(32, 32).contiguous(), z, M=rows, K=32, num_warps=4)
+        found[f"tl.dot, {rows} rows"] = names.get(z[0, 0].item(), repr(z[0, 0].item()))
+    return found
+
+
 CEILINGS = {
     "copy, GB/s": copy_gbps,
     "bf16, TFLOP/s": partial(_matmul_tflops, torch.bfloat16, "highest"),
@@ -405,4 +429,5 @@ CEILINGS = {
     "launch by torch, µs of host": torch_launch_us,
     "empty kernel in a graph, µs": graph_node_us,
     "float32 in a tf32 product": tf32_operands,
+    "sums of a tensor core": tensor_core_sums,
 }

@@ -46,10 +46,11 @@ class Row:
 def rows(record: dict) -> Iterator[Row]:
     """Every measured phase of the record's ops and training steps, in their order."""
     ceilings = record["sections"].get("ceilings", {}).get("results", {})
-    for section in ("ops", "steps"):
+    for section in ("ops", "steps", "autotuned"):
         for case, result in record["sections"].get(section, {}).get("results", {}).items():
+            name = f"{case}, max-autotune" if section == "autotuned" else case
             for phase, measured in result.get("phases", {}).items():
-                row = _row(case, phase, result, measured, ceilings)
+                row = _row(name, phase, result, measured, ceilings)
                 yield replace(row, threshold="not judged") if record["dry"] else row
 
 

@@ -3,7 +3,9 @@
 from fusedact import nn as nn
 from fusedact.activations import register_activation as register_activation
 from fusedact.backend import get_backend as get_backend
+from fusedact.backend import get_float32 as get_float32
 from fusedact.backend import set_backend as set_backend
+from fusedact.backend import set_float32 as set_float32
 from fusedact.backend import use_backend as use_backend
 from fusedact.fitting import Fitted as Fitted
 from fusedact.fitting import FittedMany as FittedMany

@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fusedact.tuning import Chip
+
 BACKENDS = ("auto", "triton", "torch")
+FLOAT32 = ("auto", "ieee")
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types whose memory a kernel may read
 _HERE = nullcontext()
 _chosen: str | None = None
+_float32: str | None = None
 _Result = TypeVar("_Result")
 
 
@@ -49,9 +53,9 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def _checked(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+def _checked(name: str, names: tuple[str, ...] = BACKENDS, what: str = "backend") -> str:
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(names)}")
     return name
 
 
@@ -121,19 +125,21 @@ def _warn_once(problem: str) -> None:
 
 
 @functools.cache
-def chip(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory a program may take, and threads in a warp. The interpreter plays Hopper."""
+def chip(device: torch.device) -> Chip:
+    """What the choice of a kernel asks of a device. The interpreter plays Hopper."""
     if device.type != "cuda":
-        return 227 * 1024, 32
+        return Chip("sm_90", shared_memory=227 * 1024, warp_size=32, multiprocessors=132, interpreted=True)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return shared, properties.warp_size
+    # Newer consumer chips have neither the matrix instructions nor the shared memory of sm_90 and sm_100.
+    kind = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80") if torch.version.hip is None else "gfx942"
+    return Chip(kind, shared, properties.warp_size, properties.multi_processor_count)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a grid surely run at once. In the interpreter one does: they run one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return chip(device).multiprocessors if device.type == "cuda" else 1
 
 
 @functools.cache
@@ -162,8 +168,29 @@ _float32_precision = torch._C._get_fp32_precision_getter
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s input_precision: float32 products follow torch's own setting, old or new."""
-    return "tf32" if dtype is torch.float32 and _float32_precision("cuda", "matmul") == "tf32" else "ieee"
+    """How exact a product is: tf32 by torch's own setting, old or new; else ieee, or forced ieee.
+
+    What need not be IEEE arithmetic itself but as accurate may come from three products on tensor cores.
+    """
+    if dtype is not torch.float32:
+        return "ieee"
+    if _float32_precision("cuda", "matmul") == "tf32":
+        return "tf32"
+    return "forced ieee" if (_float32 or get_float32()) == "ieee" else "ieee"
+
+
+def get_float32() -> str:
+    """How float32 products are taken where torch asks for full precision: 'auto' or 'ieee'."""
+    global _float32
+    if _float32 is None:
+        _float32 = _checked(os.environ.get("FUSEDACT_FLOAT32", "auto"), FLOAT32, "float32 arithmetic")
+    return _float32
+
+
+def set_float32(name: str) -> None:
+    """'auto': the fastest that is as accurate as IEEE arithmetic; 'ieee': IEEE arithmetic itself. For the process."""
+    global _float32
+    _float32 = _checked(name, FLOAT32, "float32 arithmetic")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

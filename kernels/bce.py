@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import logsigmoid
+from .launch import launch
 from .tiles import blocks_of, is_last_program, like, log1p, narrow, ordered_sum, sigmoid
 from .walks import load, walks
 from .workspace import accumulator, cdiv, tickets, wide
@@ -203,7 +204,8 @@ def forward(loss_of, x, target, weight, pos_weight, divisor, config):
         partial = x.new_empty(programs, dtype=wide(x.dtype))
         order = _order_in_memory(x, target)
     tensors, ways, index = walks(x.shape, x, target, weight, pos_weight, order=order)
-    _forward_kernel[(programs,)](
+    launch(
+        _forward_kernel, (programs,),
         *tensors, loss, partial, tickets(x.device, 1),
         n, divisor or 1,
         *ways,
@@ -229,7 +231,8 @@ def backward(loss_of, dloss, x, target, weight, pos_weight, divisor, want_dx, wa
     if n == 0:
         return dx, dtarget
     tensors, ways, index = walks(x.shape, dloss, x, target, weight, pos_weight)
-    _backward_kernel[(cdiv(n, config.block),)](
+    launch(
+        _backward_kernel, (cdiv(n, config.block),),
         *tensors, dx, dtarget,
         n, divisor,
         *ways,

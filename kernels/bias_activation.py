@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from .activations import prelu_slope_grad
+from .elementwise import tile as tile_of_walk
 from .elementwise import walk
-from .linear import slope_stride
+from .launch import launch
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
-from .workspace import accumulator, as_arguments, cdiv, power_of_2, tickets, wide
+from .workspace import accumulator, as_arguments, cdiv, power_of_2, slope_stride, tickets, wide
 
 PROGRAMS = 1024  # enough to fill any chip in view several times
 
@@ -43,6 +44,7 @@ def _backward_kernel(
     saved_ptr,  # (M, N), rows contiguous: y or z
     slope_ptr,  # (N,) or None
     dz_ptr,  # (M, N), rows contiguous
+    y_ptr,  # (M, N) as dz, or None
     db_ptr,  # (N,) or None
     dslope_ptr,  # (N,) or (1,) or None
     partial_ptr,  # (2, programs along M, N): sums of dz, sums for the slope
@@ -54,6 +56,7 @@ def _backward_kernel(
     stride_dyn,
     stride_slope,
     act_params,  # a tuple; the name `params` is taken by the function that Triton makes of the signature
+    ACT: tl.constexpr,
     ACT_GRAD: tl.constexpr,
     ONE_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,6 +85,9 @@ def _backward_kernel(
         else:
             dz = ACT_GRAD(dy, saved, *act_params)
         tl.store(dz_ptr + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=mask)
+        if y_ptr is not None:
+            y = ACT(saved, slope[None, :]) if slope_ptr is not None else ACT(saved, *act_params)
+            tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
         if db_ptr is not None:
             db += tl.where(mask, dz, 0.0)
         if dslope_ptr is not None:
@@ -99,19 +105,37 @@ def _store_sums(
     share, shares, block, blocks, N, cols, ONE_SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What each share summed, db and dslope (BLOCK_N,), left as partials, which the last share of the block adds."""
-    mask = cols < N
+    store_partials(db, dslope, db_ptr, dslope_ptr, partial_ptr, share, shares, N, cols)
+    add_partials(
+        db_ptr, dslope_ptr, partial_ptr, tickets_ptr, shares, block, blocks, N, cols, ONE_SLOPE, BLOCK_M, BLOCK_N
+    )
+
+
+@triton.jit
+def store_partials(db, dslope, db_ptr, dslope_ptr, partial_ptr, share, shares, N, cols):
+    """A share's sums at these columns."""
     row = tl.cast(share, tl.int64) * N
-    slope_partial_ptr = partial_ptr + tl.cast(shares, tl.int64) * N
     if db_ptr is not None:
-        tl.store(partial_ptr + row + cols, db, mask=mask)
+        tl.store(partial_ptr + row + cols, db, mask=cols < N)
     if dslope_ptr is not None:
-        tl.store(slope_partial_ptr + row + cols, dslope, mask=mask)
+        slope_partial_ptr = partial_ptr + tl.cast(shares, tl.int64) * N
+        tl.store(slope_partial_ptr + row + cols, dslope, mask=cols < N)
+
+
+@triton.jit
+def add_partials(
+    db_ptr, dslope_ptr, partial_ptr, tickets_ptr, shares, block, blocks, N, cols,
+    ONE_SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """db and dslope at a block of columns, of its last share to come here."""
     if (db_ptr is not None) | (dslope_ptr is not None):
         if is_last_program(tickets_ptr + block, shares):
+            mask = cols < N
             if db_ptr is not None:
                 db_sum = ordered_sum(partial_ptr, shares, N, cols, mask, BLOCK_M, BLOCK_N)
                 tl.store(db_ptr + cols, narrow(db_sum, db_ptr.dtype.element_ty), mask=mask)
             if dslope_ptr is not None:
+                slope_partial_ptr = partial_ptr + tl.cast(shares, tl.int64) * N
                 slope_sum = ordered_sum(slope_partial_ptr, shares, N, cols, mask, BLOCK_M, BLOCK_N)
                 if ONE_SLOPE:
                     _sum_over_columns(
@@ -138,30 +162,39 @@ def _sum_over_columns(
         tl.store(dslope_ptr, narrow(tl.sum(total, 0), dslope_ptr.dtype.element_ty))
 
 
-def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config):
-    """dy (M, N), saved (M, N) -> dz (M, N), db (N,) or None, dslope as slope or None. One launch."""
+def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config, act=None):
+    """dy (M, N), saved (M, N) -> dz (M, N), db (N,) or None, dslope as slope or None. One launch.
+
+    With `act`, where saved is z, y (M, N) as the fourth, for a fourth pass over memory.
+    """
     M, N = saved.shape
     dz = saved.new_empty((M, N))
+    y = None if act is None else saved.new_empty((M, N))
     db = saved.new_empty(N) if want_db else None
     dslope = slope.new_empty(slope.shape) if want_dslope else None
+    results = (dz, db, dslope) if act is None else (dz, db, dslope, y)
     if dz.numel() == 0:
-        return dz, db if db is None else db.zero_(), dslope if dslope is None else dslope.zero_()
+        for sums in (db, dslope):
+            if sums is not None:
+                sums.zero_()
+        return results
     programs_n = cdiv(N, config.block_n)
     wanted = min(cdiv(M, config.block_m), max(1, PROGRAMS // programs_n))
     rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
     programs_m = cdiv(M, rows)
     dtype = wide(saved.dtype)
     partial = saved.new_empty((2, programs_m, N), dtype=dtype)
-    _backward_kernel[programs_n, programs_m](
-        dy, saved, slope, dz, db, dslope, partial, tickets(saved.device, programs_n + 1),
+    launch(
+        _backward_kernel, (programs_n, programs_m),
+        dy, saved, slope, dz, y, db, dslope, partial, tickets(saved.device, programs_n + 1),
         M, N, rows,
         *dy.stride(), slope_stride(slope),
         as_arguments(params, saved.dtype),
-        ACT_GRAD=act_grad, ONE_SLOPE=slope is not None and slope.numel() == 1,
+        ACT=act, ACT_GRAD=act_grad, ONE_SLOPE=slope is not None and slope.numel() == 1,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps,
     )  # fmt: skip
-    return dz, db, dslope
+    return results
 
 
 @triton.jit
@@ -300,7 +333,8 @@ def forward_channels(x, bias, act, params, slope, config, in_place):
     if y.numel() == 0:
         return y
     plan, _ = _channel_walk(y, [], bias, slope, config.elements)
-    _forward_channels_kernel[(plan.tiles(0) * plan.tiles(1) * plan.tiles(2),)](
+    launch(
+        _forward_channels_kernel, (plan.tiles(0) * plan.tiles(1) * plan.tiles(2),),
         x, bias, slope, y,
         *plan.sizes,
         *plan.strides[0], slope_stride(bias), slope_stride(slope),
@@ -310,6 +344,11 @@ def forward_channels(x, bias, act, params, slope, config, in_place):
         num_warps=config.num_warps,
     )  # fmt: skip
     return y
+
+
+def activated(z, act, params, slope, in_place):
+    """act(z) of rows z (M, N), slope (N,) or (1,) or None, in z's own memory where `in_place`. One launch."""
+    return forward_channels(z, None, act, params, slope, tile_of_walk(z.element_size()), in_place)
 
 
 def backward_channels(dy, saved, bias, act_grad, params, slope, from_output, wanted, config):
@@ -334,7 +373,8 @@ def backward_channels(dy, saved, bias, act_grad, params, slope, from_output, wan
         partial = saved.new_empty((2, shares, plan.sizes[1]), dtype=wide(saved.dtype))
         counters = tickets(saved.device, blocks_c + 1)
     dz_strides, dy_strides, saved_strides = plan.strides
-    _backward_channels_kernel[(blocks_c * shares,)](
+    launch(
+        _backward_channels_kernel, (blocks_c * shares,),
         dy, saved, None if from_output else bias, slope, dz, db, dslope, partial, counters,
         *plan.sizes, per_share,
         *dz_strides, *dy_strides, *saved_strides, slope_stride(bias), slope_stride(slope),

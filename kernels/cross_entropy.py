@@ -17,6 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .tiles import LOG2_E, blocks_of, finite_or_0, narrow, store_reduced, tanh
 from .workspace import (
     accumulator,
@@ -421,7 +422,8 @@ def forward(
     target, target_strides = _target(target, A, B)
     sample_weight, sample_strides = by_row(sample_weight, A, B)
     programs = min(PROGRAMS, A * cdiv(B, config.rows))
-    _forward_kernel[(programs,)](
+    launch(
+        _forward_kernel, (programs,),
         x, target, weight, sample_weight,
         loss, lse, stats, x.new_empty((programs, 2), dtype=dtype) if reduced else None, total, tickets(x.device, 1),
         A, B, C,
@@ -458,7 +460,8 @@ def backward(
     (dloss, dloss_strides), (dlse, dlse_strides), (sample_weight, sample_strides) = (
         by_row(t, A, B) for t in (dloss, dlse, sample_weight)
     )
-    _backward_kernel[A * cdiv(B, rows), cdiv(C, lanes)](
+    launch(
+        _backward_kernel, (A * cdiv(B, rows), cdiv(C, lanes)),
         dloss, dlse, x, target, weight, sample_weight, stats, total, dx, dtarget,
         A, B, C,
         *dloss_strides, *dlse_strides, *row_strides(x), *target_strides,

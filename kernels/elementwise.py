@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .activations import prelu_slope_grad
+from .launch import launch
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
 from .workspace import accumulator, as_arguments, cdiv, collapse, power_of_2, tickets, wide
 
@@ -231,7 +232,8 @@ def forward(x, act, params, slope, config):
         return y
     plan, (x,) = _walkable(y, [x], slope, config.elements)
     y_strides, x_strides = plan.strides
-    _forward_kernel[(plan.tiles(0) * plan.tiles(1) * plan.tiles(2),)](
+    launch(
+        _forward_kernel, (plan.tiles(0) * plan.tiles(1) * plan.tiles(2),),
         x, slope, y,
         *plan.sizes,
         *y_strides, *x_strides, _slope_stride(slope),
@@ -261,7 +263,8 @@ def backward(dy, saved, act_grad, params, slope, want_dx, want_dslope, config):
         dtype = wide(saved.dtype)
         partial = saved.new_empty((shares, blocks_c if one_slope else plan.sizes[1]), dtype=dtype)
     dx_strides, dy_strides, saved_strides = plan.strides
-    _backward_kernel[(blocks_c * shares,)](
+    launch(
+        _backward_kernel, (blocks_c * shares,),
         dy, saved, slope, dx, dslope, partial, tickets(saved.device, blocks_c) if want_dslope else None,
         *plan.sizes, per_program,
         *dx_strides, *dy_strides, *saved_strides, _slope_stride(slope),

@@ -2,51 +2,44 @@
 
 Work M N K multiply-adds; bytes at least those of x, W, b and y once each (and z where the derivative needs the
 pre-activation). One kernel serves three products, since every operand is read through its strides:
-y = act(x Wᵀ + b), dx = dz (Wᵀ)ᵀ and dW = dzᵀ (xᵀ)ᵀ.
+y = act(x Wᵀ + b), dx = dz (Wᵀ)ᵀ and dW = dzᵀ (xᵀ)ᵀ. Another reads the same through the copy engine of a chip that has
+one, its programs taking tile after tile.
 """
 
-from functools import lru_cache
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import bias_activation
 from .activations import identity
-from .tiles import blocks_of, grouped_tile, halves, narrow, widen, within
-from .workspace import as_arguments, cdiv, power_of_2
+from .launch import launch
+from .products import product_by_descriptors, product_by_pointers
+from .tiles import blocks_of, grouped_tile, halves, narrow
+from .workspace import accumulator, as_arguments, cdiv, slope_stride
 
-ACCUMULATOR = {torch.float64: tl.float64}
-PROGRAMS_TO_FILL = 128  # about one program for each multiprocessor of the chips in view
+GROUP_M = 8  # rows of tiles that are taken together
 
 
 class Tile(NamedTuple):
+    """How a product is taken.
+
+    precision: of `tl.dot`, or tf32x3. programs: where the copy engine brings the operands, how many programs take
+    tile after tile; 0 where each tile is a program's own and read by its threads. specialized: warps share out
+    copying, products and epilogue.
+    """
+
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-
-
-# From large to small, by the operands' bytes: the first that fills the chip is taken, else the last.
-TILES = {
-    2: ((128, 256, 64, 8), (128, 128, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (32, 32, 64, 4)),
-    4: ((128, 128, 16, 8), (64, 64, 32, 4), (32, 32, 64, 4)),
-    8: ((32, 32, 16, 4),),
-}
-
-
-@lru_cache(4096)
-def tile(M: int, N: int, K: int, itemsize: int, shared_memory: int) -> Tile:
-    """The tile for an (M, K) by (K, N) product on a chip with that many bytes of shared memory a program."""
-    for block_m, block_n, block_k, num_warps in TILES[itemsize]:
-        config = Tile(block_m, block_n, min(block_k, max(16, power_of_2(K))), num_warps, num_stages=1)
-        stage = (config.block_m + config.block_n) * config.block_k * itemsize
-        narrow_enough = block_m <= max(32, power_of_2(M)) and block_n <= max(32, power_of_2(N))
-        fills = cdiv(M, block_m) * cdiv(N, block_n) >= PROGRAMS_TO_FILL
-        if narrow_enough and fills and 2 * stage <= shared_memory:
-            break
-    return config._replace(num_stages=min(4, shared_memory // stage))
+    precision: str = "ieee"
+    programs: int = 0
+    specialized: bool = False
 
 
 @triton.jit
@@ -70,47 +63,89 @@ def _forward_kernel(
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    X_BY_K: tl.constexpr,
+    W_BY_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    N = N // ALIGNED_N * ALIGNED_N  # the same number, known to the compiler as a multiple
     pid_m, pid_n = grouped_tile(tl.program_id(0), blocks_of(M, BLOCK_M), blocks_of(N, BLOCK_N), GROUP_M)
+    z = product_by_pointers(
+        x_ptr, w_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+        PRECISION, ACCUMULATOR, X_BY_K, W_BY_K, ALIGNED, OFFSET, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    mask_m = rows < M
-    mask_n = cols < N
-    # A row or column beyond the edge reads the first one instead, which costs no mask; its result is not stored.
-    x_ptrs = x_ptr + within(rows, mask_m, BLOCK_M)[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
-    w_ptrs = w_ptr + within(cols, mask_n, BLOCK_N)[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
-    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
-    w_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
+    _store_tile(
+        z, rows, pid_n, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params,
+        ACT, BLOCK_N, BLOCK_N > 128,
+    )  # fmt: skip
 
-    z = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    for first in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)  # (BLOCK_M, BLOCK_K)
-            w = tl.load(w_ptrs)  # (BLOCK_K, BLOCK_N)
-        else:
-            x = tl.load(x_ptrs, mask=k[None, :] < K - first, other=0.0)
-            w = tl.load(w_ptrs, mask=k[:, None] < K - first, other=0.0)
-        z = tl.dot(widen(x), widen(w), z, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        x_ptrs += x_step
-        w_ptrs += w_step
 
-    # By quarters where the tile is wide: the epilogue of all of it takes more registers than a thread has.
-    if BLOCK_N > 128:
+@triton.jit
+def _forward_tiles_kernel(
+    x_desc,  # (M, K), or its transpose
+    w_desc,  # (N, K), or its transpose
+    b_ptr,  # (N,) or None
+    slope_ptr,  # (N,) or None
+    y_ptr,  # (M, N), rows contiguous
+    z_ptr,  # (M, N) as y, or None
+    M,
+    N,
+    K,
+    stride_b,
+    stride_slope,
+    act_params,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    X_BY_K: tl.constexpr,
+    W_BY_K: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    N = N // ALIGNED_N * ALIGNED_N  # the same number, known to the compiler as a multiple
+    tiles_m = blocks_of(M, BLOCK_M)
+    tiles_n = blocks_of(N, BLOCK_N)
+    # Not flattened into one loop with the product's: that compiles to twice the code.
+    for number in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False, warp_specialize=SPECIALIZED
+    ):
+        pid_m, pid_n = grouped_tile(number, tiles_m, tiles_n, GROUP_M)
+        z = product_by_descriptors(
+            x_desc, w_desc, pid_m * BLOCK_M, pid_n * BLOCK_N, K, X_BY_K, W_BY_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        _store_tile(
+            z, rows, pid_n, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params,
+            ACT, BLOCK_N, (BLOCK_N > 128) & (not SPECIALIZED),
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_tile(
+    z, rows, pid_n, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, QUARTERED: tl.constexpr,
+):  # fmt: skip
+    """By quarters where the tile is wide: the epilogue of all of it takes more registers than a thread has."""
+    if QUARTERED:
         left, right = halves(z)
         quarters = halves(left) + halves(right)
         for q in tl.static_range(4):
-            quarter_cols = pid_n * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            cols = pid_n.to(tl.int64) * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _store_activated(
-                quarters[q], rows, quarter_cols, b_ptr, slope_ptr, y_ptr, z_ptr,
-                M, N, stride_b, stride_slope, act_params, ACT,
-            )  # fmt: skip
+                quarters[q], rows, cols, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params, ACT
+            )
     else:
+        cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         _store_activated(
             z, rows, cols, b_ptr, slope_ptr, y_ptr, z_ptr, M, N, stride_b, stride_slope, act_params, ACT
         )  # fmt: skip
@@ -136,42 +171,82 @@ def _store_activated(
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(x, w, b, act, params, slope, precision, config, save_z):
+def forward(x, w, b, act, params, slope, config, save_z):
     """x (*, K), w (N, K), b (N,) or None, slope (N,) or (1,) or None -> y (*, N) and z (*, N) or None.
 
-    z, the pre-activation, is stored where `save_z` asks for it. One launch, and none for an empty result.
+    z, the pre-activation, is stored where `save_z` asks for it. One launch, and none for an empty result. Without a
+    `config` the product with its bias is the library's, and one launch more activates it.
     """
     rows = as_rows(x)
     (M, K), N = rows.shape, w.shape[0]
+    if config is None:
+        return _activated_by_library(rows, w, b, act, params, slope, (*x.shape[:-1], N), save_z)
     y = x.new_empty((*x.shape[:-1], N))
     z = x.new_empty(y.shape) if save_z else None
     if y.numel() == 0:
         return y, z
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
-    _forward_kernel[grid](
-        rows, w, b, slope, y, z,
-        M, N, K,
-        *rows.stride(), *w.stride(), 0 if b is None else b.stride(0), slope_stride(slope),
-        as_arguments(params, x.dtype),
-        ACT=act, PRECISION=precision, ACCUMULATOR=ACCUMULATOR.get(x.dtype, tl.float32),
-        EVEN_K=K % config.block_k == 0,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=8,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    x_by_k, w_by_k = rows.stride(1) == 1, w.stride(1) == 1
+    constants = {
+        "ACT": act, "PRECISION": config.precision, "X_BY_K": x_by_k, "W_BY_K": w_by_k, "ALIGNED_N": math.gcd(N, 16),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    if config.programs:
+        _forward_tiles_kernel[(min(tiles, config.programs),)](
+            described(rows, x_by_k, config.block_m, config.block_k),
+            described(w, w_by_k, config.block_n, config.block_k),
+            b, slope, y, z,
+            M, N, K,
+            slope_stride(b), slope_stride(slope),
+            as_arguments(params, x.dtype),
+            SPECIALIZED=config.specialized, **constants,
+        )  # fmt: skip
+    else:
+        launch(
+            _forward_kernel, (tiles,),
+            rows, w, b, slope, y, z,
+            M, N, K,
+            *rows.stride(), *w.stride(), slope_stride(b), slope_stride(slope),
+            as_arguments(params, x.dtype),
+            ACCUMULATOR=accumulator(x.dtype), EVEN_K=K % config.block_k == 0,
+            **as_offsets(rows, x_by_k, w, w_by_k, config), **constants,
+        )  # fmt: skip
     return y, z
 
 
-def product(a, b, precision, config):
-    """a (M, K) @ b (K, N) -> (M, N), any strides, in one launch."""
-    c, _ = forward(a, b.t(), None, identity, (), None, precision, config, save_z=False)
+def _activated_by_library(rows, w, b, act, params, slope, shape, save_z):
+    z = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+    y = bias_activation.activated(z, act, params, slope, in_place=not save_z)
+    return y.view(shape), z.view(shape) if save_z else None
+
+
+def product(a, b, config):
+    """a (M, K) @ b (K, N) -> (M, N), any strides, in one launch, the library's without a `config`."""
+    if config is None:
+        return torch.mm(a, b)
+    c, _ = forward(a, b.t(), None, identity, (), None, config, save_z=False)
     return c
+
+
+def as_offsets(x, x_by_k, w, w_by_k, config):
+    """What the compiler is told of the operands x (M, K) and w (N, K): alignment and reach."""
+    outer = x.stride(0 if x_by_k else 1), w.stride(0 if w_by_k else 1)
+    farthest = max(*x.stride(), *w.stride()) * max(config.block_m, config.block_n, config.block_k)
+    return {"ALIGNED": math.gcd(x.shape[1], *outer, 16), "OFFSET": tl.int32 if farthest < 2**30 else tl.int64}
+
+
+def described(t, by_k, block, block_k):
+    """An operand (rows, K) for the copy engine: as it is where its memory runs along K, else its transpose."""
+    return TensorDescriptor.from_tensor(t if by_k else t.t(), [block, block_k] if by_k else [block_k, block])
+
+
+def is_aligned(t):
+    """Whether the lines of an operand (rows, K) run along one dimension and each begins at 16 bytes."""
+    along, outer = sorted(t.stride())
+    return along == 1 and outer * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def as_rows(x):
     """x (*, K) -> (M, K), a view where the strides allow one."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
-
-
-def slope_stride(slope):
-    """0 where one slope serves every column."""
-    return 0 if slope is None or slope.numel() == 1 else slope.stride(0)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import bce
+from .launch import launch
 from .tiles import log1p, narrow
 from .walks import load, walks
 from .workspace import accumulator, cdiv, power_of_2
@@ -103,7 +104,8 @@ def forward_rows(x, target, weight, config):
     if N == 0:
         return loss
     tensors, ways, index = walks(x.shape, x, target, weight)
-    _forward_kernel[(cdiv(N, config.rows),)](
+    launch(
+        _forward_kernel, (cdiv(N, config.rows),),
         *tensors, loss,
         N, C,
         *ways,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .tiles import blocks_of, narrow, store_reduced
 from .workspace import accumulator, around_classes, by_row, cdiv, gradient_block, row_strides, tickets, wide
 
@@ -139,7 +140,8 @@ def forward(logp, target, weight, ignore_index, reduction, config):
     A, C, B = x.shape
     target, target_strides = by_row(target, A, B)
     programs = min(PROGRAMS, A * cdiv(B, config.block))
-    _forward_kernel[(programs,)](
+    launch(
+        _forward_kernel, (programs,),
         x, target, weight, loss, x.new_empty((programs, 2), dtype=dtype) if reduced else None, total,
         tickets(x.device, 1),
         A, B, C,
@@ -161,7 +163,8 @@ def backward(dloss, logp, target, weight, total, ignore_index):
     A, C, B = x.shape
     (dloss, dloss_strides), (target, target_strides) = by_row(dloss, A, B), by_row(target, A, B)
     rows, lanes = gradient_block(C, 1 if x.stride(1) == 1 else B)
-    _backward_kernel[A * cdiv(B, rows), cdiv(C, lanes)](
+    launch(
+        _backward_kernel, (A * cdiv(B, rows), cdiv(C, lanes)),
         dloss, target, weight, total, dlogp,
         A, B, C,
         *dloss_strides, *target_strides, 0 if weight is None else weight.stride(0), *row_strides(x),

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .tiles import LOG2_E, blocks_of, narrow
 from .workspace import accumulator, cdiv, collapse, power_of_2
 
@@ -304,7 +305,8 @@ def _launch(kernel, tensors, dim, dtype, log, negate, config):
     if walk is None:
         tensors = [t.contiguous() for t in tensors]
         walk = _walk(shape, dim, config.rows, *(t.stride() for t in tensors))
-    kernel[(walk.outer * cdiv(walk.rows, config.rows),)](
+    launch(
+        kernel, (walk.outer * cdiv(walk.rows, config.rows),),
         *tensors,
         walk.classes, walk.rows, walk.size_1, *walk.strides,
         LOG=log, NEGATE=negate, ACCUMULATOR=accumulator(dtype),

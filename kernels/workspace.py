@@ -31,6 +31,11 @@ def as_arguments(params, dtype):
     return tuple(map(tl.constexpr, params)) if dtype == torch.float64 else tuple(params)
 
 
+def slope_stride(slope: torch.Tensor | None) -> int:
+    """The stride of a number per channel, 0 where one serves every channel."""
+    return 0 if slope is None or slope.numel() == 1 else slope.stride(0)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What numbers of that dtype are added up in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

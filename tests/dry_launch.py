@@ -17,6 +17,7 @@ import fusedact
 from fusedact import backend, nn
 from fusedact import functional as F
 from fusedact.activations import ACTIVATIONS
+from fusedact.tuning.records import REFERENCE_CHIPS
 
 SHARED_MEMORY = 227 * 1024
 LAUNCHED = []
@@ -56,6 +57,16 @@ def linear(activation, M, K, N, dtype=torch.float32, bias=True, slope=None, **pa
         if t is not None:
             t.requires_grad_()
     F.linear(*tensors, activation=activation, slope=slope, **parameters).backward(dy)
+
+
+def as_on_hopper(*shape, **options):
+    """Choices as on the chip itself: the library's products among them, and the copy engine."""
+    played = backend.chip
+    backend.chip = lambda device: REFERENCE_CHIPS["sm_90"]
+    try:
+        linear(*shape, **options)
+    finally:
+        backend.chip = played
 
 
 def alone(function, shape, *options, dtype=torch.float32, slopes=None, memory_format=torch.preserve_format):
@@ -120,6 +131,9 @@ CASES = {
     "float16": functools.partial(linear, "silu", 33, 65, 17, torch.float16),
     "float64": functools.partial(linear, "mish", 33, 65, 17, torch.float64),
     "network and loss": network,
+    "large, described to the copy engine": functools.partial(as_on_hopper, "relu", 1024, 1024, 1024, torch.bfloat16),
+    "large, of three products": functools.partial(as_on_hopper, "gelu", 1024, 1024, 1024),
+    "large, of the library": functools.partial(as_on_hopper, "tanh", 512, 512, 512, torch.float64),
     "alone, one number": functools.partial(alone, F.relu, ()),
     "alone, one parameter": functools.partial(alone, F.leaky_relu, (8, 100), 0.2, dtype=torch.bfloat16),
     "alone, two parameters, float64": functools.partial(alone, F.softplus, (5, 7), 2.0, 20.0, dtype=torch.float64),

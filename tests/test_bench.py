@@ -42,7 +42,7 @@ def test_dry_run_exercises_every_section(tmp_path):
     path = Path(last.removeprefix("DRY RUN record "))
     record = json.loads(path.read_text())
     assert record["dry"] is True
-    assert set(record["sections"]) == {"tests", "ceilings", "fits", "ops", "steps", "interpreted"}
+    assert set(record["sections"]) == {"tests", "ceilings", "fits", "ops", "steps", "autotuned", "interpreted"}
     assert record["sections"]["tests"]["collected"] > 100
     assert len(record["sections"]["ops"]["results"]) == len(record["sections"]["interpreted"]["results"]) > 10
     assert path.name.startswith("dry-run-")

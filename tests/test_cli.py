@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fusedact.__main__ import main
-from fusedact.cli import COMPARED
+from fusedact.cli.training import COMPARED
 from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint, save_checkpoint
+from fusedact.tuning.records import REFERENCE_CHIPS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -150,6 +151,19 @@ def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
         (["train", "xor", "--engine", "fast"], "'fast'"),
         (["train", "xor", "--checkpoint-every", "3"], "need --out"),
         (["train", "xor", "--resume"], "need --out"),
+        (["tune", "--device", "cpu"], "cpu: choices are measured on a GPU"),
+        (["tune", "--device", "cuda:99"], "cuda:99"),
+        (["tune", "--shape", "4096x4096"], "'4096x4096', expected MxNxK"),
+        (["tune", "--shape", "0x1x1"], "'0x1x1', expected MxNxK"),
+        (
+            ["tune", "--dtype", "int8"],
+            "unknown dtype 'int8', expected one of bfloat16, float16, float32, tf32, float64",
+        ),
+        (["tune", "--activation", "prelu"], "unknown activation 'prelu', expected one of step"),
+        (["tune", "--dry"], "No such option: --dry"),
+        (["info", "--linear", "1x1xK", "--chip", "sm_90"], "'1x1xK', expected MxNxK"),
+        (["info", "--linear", "1x1x1", "--chip", "sm_70"], "unknown chip 'sm_70', expected one of sm_80"),
+        (["info", "--chip", "sm_90"], "--chip needs --linear"),
     ],
 )
 def test_fault_is_one_line(clean_folder, capsys, args, fault):
@@ -181,6 +195,35 @@ def test_info(capsys):
     printed = capsys.readouterr().out
     assert f"torch      {torch.__version__}" in printed
     assert "fused layers run" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [(["tune"], "cuda: "), (["info", "--linear", "64x64x64"], "--chip asks about a GPU that is not here")],
+)
+def test_without_a_gpu(capsys, args, fault):
+    assert main(args) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("fusedact: ") and errors.count("\n") == 1 and fault in errors
+
+
+@pytest.mark.parametrize("chip", REFERENCE_CHIPS)
+def test_info_says_what_runs_on_a_chip_and_why(capsys, chip):
+    assert main(["info", "--linear", "4096x4096x4096", "--dtype", "float32", "--chip", chip]) == 0
+    printed = capsys.readouterr().out
+    assert f"4096x4096x4096 float32 on {chip}" in printed
+    for label in ("forward", "dx", "dw", "backward"):
+        assert re.search(rf"│ {label} +│ \w+.*│ by rule, estimated µs:", printed)
+    assert re.search(r"│ in a chain +│", printed)
+    assert re.search(r"│ whole +│ fused +│ not measured", printed)
+
+
+def test_impossible_arithmetic_is_one_line():
+    process = start("info", "--linear", "1x1x1", "--dtype", "float32", "--chip", "sm_90", FUSEDACT_FLOAT32="fast")
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed, errors.count("\n")) == (2, "", 1)
+    assert "unknown float32 arithmetic 'fast'" in errors
 
 
 def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
@@ -290,7 +333,7 @@ def test_what_fusing_the_loss_does(capsys):
 
 
 def test_sweep(clean_folder, capsys, monkeypatch):
-    monkeypatch.setattr("fusedact.cli.SWEPT", 3)
+    monkeypatch.setattr("fusedact.cli.training.SWEPT", 3)
     assert main(["compare", "xor", "--sweep", "--epochs", "20", "--out", "out"]) == 0
     printed = capsys.readouterr().out
     assert "share of 3 initializations" in printed and "by epoch 20" in printed

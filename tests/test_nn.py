@@ -13,15 +13,20 @@ from fusedact.activations import ACTIVATIONS
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """Names of the activations that went through functional.linear's fused call, in order."""
+    """Names of the activations that were fused, of one layer or of a row of them, in order."""
     calls = []
-    original = fusedact.autograd.linear_act
+    originals = fusedact.autograd.linear_act, fusedact.autograd.linear_chain
 
-    def spy(*args):
+    def layer(*args):
         calls.append(args[4])
-        return original(*args)
+        return originals[0](*args)
 
-    monkeypatch.setattr(fusedact.autograd, "linear_act", spy)
+    def chain(x, activations, tensors):
+        calls.extend(activation[0] for activation in activations if activation)
+        return originals[1](x, activations, tensors)
+
+    monkeypatch.setattr(fusedact.autograd, "linear_act", layer)
+    monkeypatch.setattr(fusedact.autograd, "linear_chain", chain)
     return calls
 
 

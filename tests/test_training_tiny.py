@@ -375,14 +375,14 @@ def test_a_step_touches_memory_only_for_its_rows_and_its_loss(machine_code, widt
 
 
 def print_machine_code() -> None:
-    from bench import codegen, codegen_cases
+    from bench import assembly, codegen, codegen_cases
 
     named = {f"training_tiny_train fp32 {BATCH}x{widths}{options}" for widths, options in LOOPS}
     for case in codegen_cases.CASES:
         if str(case) in named:
             for name, chip in codegen.CHIPS.items():
                 _, (launch,) = codegen.launches(chip, case)
-                print(json.dumps((str(case), name, text_of(launch.kernel.asm, codegen.tool))))
+                print(json.dumps((str(case), name, text_of(launch.kernel.asm, assembly.tool))))
 
 
 def text_of(asm, tool) -> str:

@@ -30,7 +30,7 @@ def _launch(
         cross_entropy.rows_after(logits),
         logits.element_size(),
         2 ** (two_streams + (softcap != 0)),
-        backend.chip(logits.device)[1],
+        backend.chip(logits.device).warp_size,
     )
     return cross_entropy.forward(logits, target, weight, sample_weight, ignore_index, reduction, *options, config, save)
 

@@ -110,7 +110,7 @@ class Op:
             return (None,) * self.tensors + others
         if torch.is_grad_enabled() or backend.transforming() or any(map(backend.is_batched, dys)):
             # The gradient must itself be differentiable (create_graph), or is many at once: torch's own formula.
-            grads = _differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dys)
+            grads = differentiate(lambda *xs: self.composite(*xs, *ctx.options), inputs, wanted, dys)
             return grads + others
         absent = (None,) * (self.most_results - len(dys))
         grads = backward(*dys, *absent, *inputs, *extras, *ctx.options, wanted)
@@ -148,7 +148,7 @@ def _without_none(run: Callable[..., Any]) -> Callable[..., Any]:
     return complete
 
 
-def _differentiate(
+def differentiate(
     formula: Callable[..., Any],
     inputs: Sequence[Tensor | None],
     wanted: Sequence[bool],

@@ -8,40 +8,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedact import backend
+from fusedact import backend, tuning
 from fusedact.activations import Activation, by_name
 from fusedact.autograd.activation import gradient_function, value_function
 from fusedact.autograd.doors import Op
+from fusedact.tuning import LEAST_ALIGNED, Problem, choose
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What a call needs and its shapes do not tell."""
 
     linear: Any
+    chain: Any
     bias_activation: Any
     value: Any
     gradient: Any
     from_output: bool
-    shared_memory: int
 
 
-def _plan(activation: str, parameters: Sequence[float], x: Tensor) -> _Plan:
-    return _plan_of(by_name(activation), tuple(parameters), x.dtype, x.device)
+def plan_of(activation: str, parameters: Sequence[float], x: Tensor) -> Plan:
+    return _plan(by_name(activation), tuple(parameters), x.dtype, x.device)
 
 
 @lru_cache(4096)
-def _plan_of(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> _Plan:
-    from fusedact.kernels import bias_activation, linear
+def _plan(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+    from fusedact.kernels import bias_activation, chain, linear
 
     from_output = entry.from_output(dtype, *parameters)
-    return _Plan(
-        linear,
-        bias_activation,
-        value_function(entry.name, device),
-        gradient_function(entry.name, device, from_output),
-        from_output,
-        backend.chip(device)[0],
-    )
+    value, gradient = value_function(entry.name, device), gradient_function(entry.name, device, from_output)
+    return Plan(linear, chain, bias_activation, value, gradient, from_output)
+
+
+def tile_for(task: str, a: Tensor, b: Tensor) -> Any:
+    """What takes the product of a (M, K) and bᵀ, b (N, K), for such a task."""
+    (M, K), N, dtype = a.shape, b.shape[0], a.dtype
+    aligned = M * N * K >= LEAST_ALIGNED and _is_aligned(a) and _is_aligned(b)
+    return choose(Problem(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, backend.chip(a.device)))
+
+
+def _is_aligned(t: Tensor) -> bool:
+    from fusedact.kernels import linear
+
+    return linear.is_aligned(t)
+
+
+def prefers_stock(x: Tensor, weight: Tensor) -> bool:
+    """Whether stock was measured to be faster at this layer, and kernels were not asked for by name."""
+    if backend.get_backend() != "auto":
+        return False
+    (N, K), chip = weight.shape, backend.chip(x.device)
+    precision = backend.dot_precision(x.dtype)
+    return tuning.prefers_stock(Problem("op", x.numel() // max(K, 1), N, K, x.dtype, precision, False, chip))
+
+
+def bare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b without an activation, by what is fastest."""
+    from fusedact.kernels import activations, linear
+
+    tile = tile_for("dx", x, weight)
+    if tile is None:
+        return F.linear(x, weight, bias)
+    return linear.forward(x, weight, bias, activations.identity, (), None, tile, save_z=False)[0]
+
+
+def product(task: str, a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) b (K, N) for dx or dw, by what is fastest."""
+    from fusedact.kernels import linear
+
+    return linear.product(a, b, tile_for(task, a, b.t()))
 
 
 def _launch(
@@ -53,13 +87,10 @@ def _launch(
     parameters: Sequence[float],
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    dtype = x.dtype
-    plan = _plan_of(by_name(activation), tuple(parameters), dtype, x.device)
-    N, K = weight.shape
-    config = plan.linear.tile(x.numel() // K if K else 1, N, K, dtype.itemsize, plan.shared_memory)
-    precision = backend.dot_precision(dtype)
+    plan = plan_of(activation, parameters, x)
+    tile = tile_for("forward", x if x.dim() == 2 else plan.linear.as_rows(x), weight)
     save_z = save and not plan.from_output
-    return plan.linear.forward(x, weight, bias, plan.value, parameters, slope, precision, config, save_z)
+    return plan.linear.forward(x, weight, bias, plan.value, parameters, slope, tile, save_z)
 
 
 def _saves_z(activation: str, parameters: Sequence[float], dtype: torch.dtype) -> bool:
@@ -88,17 +119,13 @@ def _backward(
     parameters: Sequence[float],
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _plan(activation, parameters, x)
-    linear, bias_activation = plan.linear, plan.bias_activation
-    precision = backend.dot_precision(x.dtype)
-    itemsize = x.element_size()
-    N, K = weight.shape
-    rows = x if x.dim() == 2 else linear.as_rows(x)
-    M = rows.shape[0]
+    plan = plan_of(activation, parameters, x)
+    rows = x if x.dim() == 2 else plan.linear.as_rows(x)
+    M, N = rows.shape[0], weight.shape[0]
     if dy.dim() != 2:
         dy, saved = dy.reshape(M, N), saved.reshape(M, N)
     want_x, want_weight, want_bias, want_slope = wanted
-    dz, db, dslope = bias_activation.backward(
+    dz, db, dslope = plan.bias_activation.backward(
         dy,
         saved.contiguous(),  # a hook may have brought it back in another layout
         plan.gradient,
@@ -106,14 +133,14 @@ def _backward(
         slope,
         want_bias,
         want_slope,
-        bias_activation.tile(M, N, itemsize),
+        plan.bias_activation.tile(M, N, x.element_size()),
     )
     dx = dw = None
     if want_x:
-        dx = linear.product(dz, weight, precision, linear.tile(M, K, N, itemsize, plan.shared_memory))
+        dx = product("dx", dz, weight)
         dx = dx if x.dim() == 2 else dx.view(x.shape)
     if want_weight:
-        dw = linear.product(dz.t(), rows, precision, linear.tile(N, K, M, itemsize, plan.shared_memory))
+        dw = product("dw", dz.t(), rows)
     return dx, dw, db, dslope
 
 

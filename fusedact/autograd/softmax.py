@@ -43,7 +43,7 @@ def _widest(*dtypes: torch.dtype) -> int:
 def _launch(x: Tensor, kind: str, dim: int, dtype: torch.dtype, save: bool) -> tuple[Tensor, None]:
     from fusedact.kernels import softmax
 
-    config = softmax.tile(x.shape, x.stride(), dim, _widest(x.dtype, dtype), 1, backend.chip(x.device)[1])
+    config = softmax.tile(x.shape, x.stride(), dim, _widest(x.dtype, dtype), 1, backend.chip(x.device).warp_size)
     return softmax.forward(x, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config), None
 
 
@@ -54,7 +54,7 @@ def _fake(x, kind, dim, dtype, save):
 def _backward(dy: Tensor, y: Tensor, kind: str, dim: int, dtype: torch.dtype) -> Any:
     from fusedact.kernels import softmax
 
-    config = softmax.tile(y.shape, y.stride(), dim, _widest(y.dtype, dtype), 2, backend.chip(y.device)[1])
+    config = softmax.tile(y.shape, y.stride(), dim, _widest(y.dtype, dtype), 2, backend.chip(y.device).warp_size)
     return softmax.backward(dy, y, dim, dtype, kind == LOG_SOFTMAX, kind == SOFTMIN, config)
 
 

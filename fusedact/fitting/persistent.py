@@ -68,7 +68,7 @@ class Persistent(FlatEngine):
                 training_tiny.train(self._x, self._y, order, *numbers, layers, objective, rule, config)
 
             return tiny, TINY_STEPS
-        chip = backend.multiprocessors(self._x.device), backend.chip(self._x.device)[1]
+        chip = backend.multiprocessors(self._x.device), backend.chip(self._x.device).warp_size
         kernel: Any = training_layers
         if len(layers) == 1:
             kernel = training_single

@@ -38,12 +38,13 @@ from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
 from fusedact.functional.products import conv2d as conv2d
 from fusedact.functional.products import linear as linear
+from fusedact.functional.products import linear_chain as linear_chain
 from fusedact.functional.softmaxes import log_softmax as log_softmax
 from fusedact.functional.softmaxes import softmax as softmax
 from fusedact.functional.softmaxes import softmin as softmin
 
 _TORCH = [name for name in dir(torch.nn.functional) if not name.startswith("__")]
-_BEYOND = {function.__name__ for function in (activate, squared_relu, step)}  # torch has none of that name
+_BEYOND = {f.__name__ for f in (activate, linear_chain, squared_relu, step)}  # torch has none of that name
 __all__ = sorted({*_BEYOND, *(name for name in _TORCH if not name.startswith("_"))})
 
 

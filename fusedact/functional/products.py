@@ -1,7 +1,9 @@
 """The products, linear and convolution, with their activation."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,6 +41,55 @@ def linear(
     if isinstance(found, nn.Module):
         return found(F.linear(input, weight, bias))
     return _linear_act(input, weight, bias, *found)
+
+
+Layer = tuple[Tensor, Tensor | None, str | nn.Module | None]  # weight, bias, activation
+
+
+def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """Linear layers in a row, each a weight, a bias or None, and an activation or None, as `linear` takes them.
+
+    input (*, K), weights (N, K), biases (N,) -> (*, N of the last). In training where Triton runs, the derivative of
+    each activation is taken inside the product that makes its gradient, and beside the input each activated layer
+    keeps one tensor of its output's size.
+
+    Raises what `linear` raises.
+    """
+    chained = _chained(input, layers)
+    if chained is not None:
+        return autograd.linear_chain(*chained)
+    for weight, bias, activation in layers:
+        input = linear(input, weight, bias, activation=activation)
+    return input
+
+
+def _chained(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple, list[Tensor | None]] | None:
+    """What the op takes, cast as autocast asks; None where each layer is to find its own way. The last may be bare."""
+    found: list[Any] = [None if act is None else _resolved("linear", act, None, {}) for _, _, act in layers]
+    if any(f is None for f in found[:-1]) or any(isinstance(f, nn.Module) for f in found):
+        return None
+    tensors: list[Any] = [t for (w, b, _), f in zip(layers, found, strict=True) for t in (w, b, f[2] if f else None)]
+    if not on_triton(x, *tensors):
+        return None
+    low = backend.autocast_dtype(x)
+    if low is not None:
+        x, tensors = cast(x, low), [t if t is None else cast(t, low) for t in tensors]
+    if not autograd.can_be_chained(x, tensors):
+        return None
+    features = _features(x)
+    for at, activation in enumerate(found):
+        weight, bias, slope = tensors[3 * at : 3 * at + 3]
+        if not _linear_fits(x, features, weight, bias, slope) or (activation and not _fuses(activation, low)):
+            return None
+        if autograd.prefers_stock(x, weight):
+            return None
+        features = len(weight)
+    return x, tuple(None if f is None else (f[0].name, f[1]) for f in found), tensors
+
+
+def _fuses(found: tuple[Activation, tuple[float, ...], Tensor | None], low: torch.dtype | None) -> bool:
+    act, values, _ = found
+    return (low is None or act.low_precision) and (not values or act.valid(*values))
 
 
 def conv2d(
@@ -101,18 +152,28 @@ def _linear_act(
         fused = act.low_precision
         input, weight = cast(input, low), cast(weight, low)
         bias, slope = bias if bias is None else cast(bias, low), slope if slope is None else cast(slope, low)
-    if fused and (not values or act.valid(*values)) and _linear_fits(input, weight, bias, slope):
+    fused = fused and (not values or act.valid(*values))
+    if (
+        fused
+        and _linear_fits(input, _features(input), weight, bias, slope)
+        and not autograd.prefers_stock(input, weight)
+    ):
         return autograd.linear_act(input, weight, bias, slope, act.name, values)
     z = F.linear(input, weight, bias)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
 
 
-def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
+def _features(x: Tensor) -> int:
+    return x.shape[-1] if x.dim() else -1
+
+
+def _linear_fits(x: Tensor, features: int, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
+    """What the kernel asks of a layer that is given so many features, with the other dimensions and the dtype of x."""
     dtype = x.dtype
-    if weight.dtype is not dtype or dtype not in backend.KERNEL_DTYPES or weight.dim() != 2 or x.dim() == 0:
+    if weight.dtype is not dtype or dtype not in backend.KERNEL_DTYPES or weight.dim() != 2:
         return False
-    channels, features = weight.shape
-    if x.shape[-1] != features:
+    channels, wanted = weight.shape
+    if features != wanted:
         return False
     if bias is not None and (bias.dtype is not dtype or bias.shape != (channels,)):
         return False

@@ -6,6 +6,7 @@ import torch
 
 from fusedact import backend, functional
 from fusedact.activations import of_module
+from fusedact.functional.products import Layer
 from fusedact.nn.convolution import Conv2d, convolved
 from fusedact.nn.hooks import is_plain
 from fusedact.nn.linear import Linear
@@ -14,7 +15,8 @@ from fusedact.nn.linear import Linear
 class Sequential(torch.nn.Sequential):
     """Modules in a row; a Linear or Conv2d (torch's or ours) runs as one op with a known activation after it.
 
-    A pair with a hook on either, a subclass of either, or a replaced forward runs as torch.nn.Sequential runs it.
+    Linear layers that follow each other so, with a last one that may have none, are one op in training. What has a
+    hook, a subclass of a layer, or a replaced forward runs as torch.nn.Sequential runs it.
     Source: torch.nn.Sequential.
     """
 
@@ -26,14 +28,39 @@ class Sequential(torch.nn.Sequential):
         modules = list(self)
         at = 0
         while at < len(modules):
-            module = modules[at]
-            if at + 1 < len(modules) and _is_pair(module, modules[at + 1]):
-                input = _activated(module, input, modules[at + 1])
-                at += 2
+            layers, after = _linear_layers(modules, at)
+            if len(layers) > 1:
+                input, at = functional.linear_chain(input, layers), after
+            elif at + 1 < len(modules) and _is_pair(modules[at], modules[at + 1]):
+                input, at = _activated(modules[at], input, modules[at + 1]), at + 2
             else:
-                input = module(input)
-                at += 1
+                input, at = modules[at](input), at + 1
         return input
+
+
+def _linear_layers(modules: list[torch.nn.Module], at: int) -> tuple[list[Layer], int]:
+    """The linear layers from there on, of which all but the last have an activation, and where they end."""
+    layers: list[Layer] = []
+    while at < len(modules) and _is_linear(modules[at]):
+        linear: Any = modules[at]
+        activation = getattr(linear, "activation", None)
+        at += 1
+        if activation is None and at < len(modules) and _is_pair(linear, modules[at]):
+            activation = modules[at]
+            at += 1
+        layers.append((linear.weight, linear.bias, activation))
+        if activation is None:
+            break
+    return layers, at
+
+
+def _is_linear(module: Any) -> bool:
+    """A plain Linear whose activation, if it has one of its own, is plain too."""
+    if type(module) is Linear:
+        activation = module.activation
+        if isinstance(activation, torch.nn.Module) and not (of_module(activation) and is_plain(activation)):
+            return False
+    return type(module) in (Linear, torch.nn.Linear) and is_plain(module)
 
 
 def _is_pair(product: torch.nn.Module, activation: torch.nn.Module) -> bool:

@@ -139,6 +139,7 @@ from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
 from fusedact.functional.products import conv2d as conv2d
 from fusedact.functional.products import linear as linear
+from fusedact.functional.products import linear_chain as linear_chain
 from fusedact.functional.softmaxes import log_softmax as log_softmax
 from fusedact.functional.softmaxes import softmax as softmax
 from fusedact.functional.softmaxes import softmin as softmin

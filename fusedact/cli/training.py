@@ -1,18 +1,14 @@
-"""`fusedact train | compare | info`."""
+"""`fusedact train | compare`: the tutorials' programs."""
 
-import importlib.metadata
 import inspect
-import platform
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,10 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from torch import Tensor
 
-import fusedact
-from fusedact.backend import uses_triton
+from fusedact.cli.options import console, implementation, reachable
 from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
 from fusedact.trainers.loop import PLAIN, TUTORIAL
 from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
@@ -46,40 +40,11 @@ COLUMNS = (
     TextColumn("{task.fields[cost]}"),
 )
 
-console = Console()
-app = typer.Typer(
-    help="The tutorials' programs on fused layers, on torch's own, or on both.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def run(args: Sequence[str] | None) -> int:
-    """Runs a command. What cannot be done is said in one line on standard error; the exit code is then 2."""
-    try:
-        return app(args, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        fault = error.format_message()
-    except OSError as error:
-        fault = str(error)
-    print("fusedact:", " ".join(fault.split()), file=sys.stderr)
-    return 2
-
 
 def _trainer(name: str) -> type[Trainer]:
     if name not in TRAINERS:
         raise typer.BadParameter(f"unknown trainer {name!r}, expected one of {', '.join(TRAINERS)}")
     return TRAINERS[name]
-
-
-def _device(name: str) -> str:
-    """The name, if a number can go to that device and back."""
-    try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"{name}: {reason}") from error
-    return name
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -132,7 +97,7 @@ OPTIONS = {  # of both commands: the fields of Settings that a user may give
 Device = Annotated[
     str,
     typer.Option(
-        parser=_device,
+        parser=reachable,
         metavar="DEVICE",
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
         show_default="cuda if there is one",
@@ -161,7 +126,6 @@ def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@app.command()
 @_takes_options
 def train(
     trainer: Name,
@@ -183,7 +147,6 @@ def train(
     print(runs[layers].trainer.evaluate().text, *paths, sep="\n")
 
 
-@app.command()
 @_takes_options
 def compare(
     trainer: Name,
@@ -214,22 +177,6 @@ def compare(
     print(*paths, sep="\n")
 
 
-@app.command()
-def info() -> None:
-    """Print versions, devices, and what fused layers run on each."""
-    for package in ("fusedact", "torch", "triton", "numpy"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        print(f"{package:10} {version}")
-    print(f"{'python':10} {platform.python_version()}")
-    print(f"{'backend':10} {fusedact.get_backend()}")
-    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
-        hardware = platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
-        print(f"{device:10} {hardware}, {_implementation(torch.empty(0, device=device))}")
-
-
 def _prepare(
     trainer: type[Trainer], ways: dict[str, tuple[str, str]], threads: int, every: int | None, **options: Any
 ) -> Runs:
@@ -247,18 +194,10 @@ def _prepare(
     where = f"cpu, torch threads: {torch.get_num_threads()}" if first.x.device.type == "cpu" else str(first.x.device)
     what = f"{next(iter(runs))} layers" if len(runs) == 1 else ", ".join(runs)
     print(
-        f"{trainer.name}: {what}; {where}; {_implementation(first.x)}; engine {last.engine} ({last.reason}); "
+        f"{trainer.name}: {what}; {where}; {implementation(first.x)}; engine {last.engine} ({last.reason}); "
         f"{first.source}"
     )
     return runs
-
-
-def _implementation(x: Tensor) -> str:
-    try:
-        kind = "Triton kernels" if uses_triton(x) else "the PyTorch fallback"
-    except (RuntimeError, ValueError) as error:  # of FUSEDACT_BACKEND
-        raise typer.BadParameter(str(error)) from error
-    return f"fused layers run {kind}"
 
 
 def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> list[Path]:

@@ -1,0 +1,154 @@
+"""Linear layers in a row: backward goes from one layer's dz to the next one's, without the dy in between.
+
+Saves x and each W, b and slope by reference, and of each activated layer one of y (from which the next layer's dW is
+taken) and z (beside which y is then made anew); two layers' y and z are never both kept.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedact import backend
+from fusedact.activations import by_name
+from fusedact.autograd.doors import differentiate
+from fusedact.autograd.linear import Plan, bare, plan_of, product, tile_for
+
+Activations = tuple[tuple[str, tuple[float, ...]] | None, ...]  # name and parameters of each layer, None for none
+TENSORS = 3  # of a layer: weight, bias, slope
+
+
+def linear_chain(x: Tensor, activations: Activations, tensors: Sequence[Tensor | None]) -> Tensor:
+    """x through all the layers, recorded as one op."""
+    with backend.on_device(x):
+        return _apply(x, activations, *tensors)
+
+
+def can_be_chained(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Eager, a gradient is wanted, and nothing but autograd looks on: else each layer finds its own door."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.dispatching() or backend.transforming():
+        return False
+    given = [x, *(t for t in tensors if t is not None)]
+    plain = all(type(t) in backend.PLAIN and not t.is_neg() for t in given)
+    return plain and any(t.requires_grad for t in given)
+
+
+def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    return [tensors[at : at + TENSORS] for at in range(0, len(tensors), TENSORS)]
+
+
+class LinearChain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activations: Activations, *tensors: Tensor | None) -> Tensor:
+        y = x.reshape(-1, x.shape[-1])
+        kept: list[Tensor | None] = []
+        for activation, (weight, bias, slope) in zip(activations, _layers(tensors), strict=True):
+            if activation is None:
+                y = bare(y, weight, bias)
+                kept.append(None)
+                continue
+            plan = plan_of(*activation, x)
+            tile, save_z = tile_for("forward", y, weight), not plan.from_output
+            y, z = plan.linear.forward(y, weight, bias, plan.value, activation[1], slope, tile, save_z)
+            kept.append(z if save_z else y)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        ctx.activations = activations
+        ctx.save_for_backward(x, *tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = TENSORS * len(ctx.activations)
+        tensors, kept = saved[:count], saved[count:]
+        want_x, _, *wanted = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * (2 + count)
+        if torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy):
+            inputs, want = (x, *tensors), (want_x, *wanted)
+            dx, *grads = differentiate(lambda *ts: _composite(ctx.activations, *ts), inputs, want, (dy,))
+            return dx, None, *grads
+        with backend.on_device(x):
+            dx, grads = _gradients(dy, x, ctx.activations, tensors, kept, want_x, wanted)
+        return dx, None, *grads
+
+
+_apply = backend.apply_of(LinearChain)
+
+
+def _composite(activations: Activations, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    for activation, (weight, bias, slope) in zip(activations, _layers(tensors), strict=True):
+        x = F.linear(x, weight, bias)  # type: ignore[arg-type]
+        if activation is not None:
+            name, parameters = activation
+            x = by_name(name).reference(x, *(parameters if slope is None else (slope,)))
+    return x
+
+
+class _Kept(NamedTuple):
+    """An activated layer as backward needs it. saved: y where the derivative is taken from it, else z."""
+
+    plan: Plan
+    parameters: tuple[float, ...]
+    slope: Tensor | None
+    saved: Tensor
+
+    def output(self) -> Tensor:
+        if self.plan.from_output:
+            return self.saved
+        return self.plan.bias_activation.activated(
+            self.saved, self.plan.value, self.parameters, self.slope, in_place=False
+        )
+
+    def through_activation(self, dy: Tensor, want_bias: bool, want_slope: bool) -> list[Tensor | None]:
+        """dz, db and the slope's gradient."""
+        tile = self.plan.bias_activation.tile(*self.saved.shape, self.saved.element_size())
+        return self.plan.bias_activation.backward(
+            dy, self.saved, self.plan.gradient, self.parameters, self.slope, want_bias, want_slope, tile
+        )
+
+    def through_layer(self, dz: Tensor, weight: Tensor, want_bias: bool, want_slope: bool) -> list[Tensor | None]:
+        """From the dz of the layer after it: dz, y, db and the slope's gradient."""
+        tile = tile_for("backward", dz, weight.t())
+        pass_tile = self.plan.bias_activation.tile(*self.saved.shape, self.saved.element_size())
+        return self.plan.chain.backward(
+            dz, weight, self.saved, self.plan.value, self.plan.gradient, self.parameters, self.slope,
+            self.plan.from_output, want_bias, want_slope, tile, pass_tile,
+        )  # fmt: skip
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    activations: Activations,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    want_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and a gradient for each tensor, None where none is wanted."""
+    layers, wants = _layers(tensors), _layers(wanted)
+    kept: list[Any] = [
+        _Kept(plan_of(*activation, x), activation[1], slope, t.contiguous()) if activation and t is not None else None
+        for activation, (_, _, slope), t in zip(activations, layers, saved, strict=True)
+    ]
+    dz: Any = dy.reshape(-1, dy.shape[-1])
+    if kept[-1] is None:
+        sums = [dz.sum(0) if wants[-1][1] else None, None]
+    else:
+        dz, *sums = kept[-1].through_activation(dz, *wants[-1][1:])
+    grads: list[Tensor | None] = []
+    for at in reversed(range(1, len(layers))):
+        weight, (want_weight, *_) = layers[at][0], wants[at]
+        after, of_layer = dz, sums
+        if want_x or any(wanted[: TENSORS * at]):
+            dz, y, *sums = kept[at - 1].through_layer(after, weight, *wants[at - 1][1:])
+        else:
+            y, sums = kept[at - 1].output() if want_weight else None, [None, None]
+        grads = [product("dw", after.t(), y) if want_weight else None, *of_layer, *grads]
+    dw = product("dw", dz.t(), x.reshape(-1, x.shape[-1])) if wants[0][0] else None
+    dx = product("dx", dz, layers[0][0]).view(x.shape) if want_x else None
+    return dx, [dw, *sums, *grads]

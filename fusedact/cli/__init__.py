@@ -1,0 +1,29 @@
+"""`fusedact train | compare | tune | info`."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from fusedact.cli.training import compare, train
+from fusedact.cli.tuning import info, tune
+
+app = typer.Typer(
+    help="The tutorials' programs on fused layers, on torch's own, or on both; what runs, and what is fastest.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, compare, tune, info):
+    app.command()(command)
+
+
+def run(args: Sequence[str] | None) -> int:
+    """Runs a command. What cannot be done is said in one line on standard error; the exit code is then 2."""
+    try:
+        return app(args, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        fault = error.format_message()
+    except OSError as error:
+        fault = str(error)
+    print("fusedact:", " ".join(fault.split()), file=sys.stderr)
+    return 2
