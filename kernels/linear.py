@@ -225,8 +225,13 @@ def product(a, b, config):
     """a (M, K) @ b (K, N) -> (M, N), any strides, in one launch, the library's without a `config`."""
     if config is None:
         return torch.mm(a, b)
-    c, _ = forward(a, b.t(), None, identity, (), None, config, save_z=False)
-    return c
+    return bare(a, b.t(), None, config)
+
+
+def bare(x, w, b, config):
+    """x (M, K), w (N, K), b (N,) or None -> x Wᵀ + b, in one launch."""
+    y, _ = forward(x, w, b, identity, (), None, config, save_z=False)
+    return y
 
 
 def as_offsets(x, x_by_k, w, w_by_k, config):

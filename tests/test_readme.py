@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cpu
+from bench import cpu, saved
 from fusedact.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +43,7 @@ def test_python_blocks_name_what_exists(block):
 
 def test_cpu_figures_are_the_records():
     assert cpu.rendered(README) == README
+
+
+def test_saved_bytes_are_what_is_counted():
+    assert saved.rendered(README) == README

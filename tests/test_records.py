@@ -62,7 +62,7 @@ def file() -> Path:
 
 def test_without_a_record_the_rule_decides(chip):
     asked = problem(chip)
-    assert choose(asked) == candidates(asked)[by_rule(asked)]
+    assert choose(*asked) == candidates(asked)[by_rule(asked)]
     name, reason = why(asked)
     assert name == by_rule(asked) and reason.startswith("by rule, estimated µs: ") and "library " in reason
     assert why(problem(chip, task=OP)) == (FUSED, "not measured")
@@ -73,11 +73,11 @@ def test_a_record_decides_after_a_restart_too(chip):
     name = another(asked)
     assert write(chip, {asked: Record(name, {name: 171.25, LIBRARY: 180.0})}) == path_of(MACHINE)
     for _ in range(2):
-        assert choose(asked) == candidates(asked)[name]
+        assert choose(*asked) == candidates(asked)[name]
         assert why(asked) == (name, f"measured, µs: {name} 171.2, library 180.0")
         forget()
     write(chip, {asked: Record(LIBRARY, {LIBRARY: 180.0})})
-    assert choose(asked) is None
+    assert choose(*asked) is None
 
 
 @pytest.mark.parametrize("others", [{"M": 2049, "N": 3000, "K": 4095}, {"M": 4096}])
@@ -86,7 +86,7 @@ def test_a_record_holds_up_to_the_next_power_of_2(chip, others):
     name = another(asked)
     hold(chip, {asked: Record(name, {name: 1.0})})
     near = problem(chip, **others)
-    assert choose(near) == candidates(near)[name]
+    assert choose(*near) == candidates(near)[name]
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def test_a_record_holds_for_nothing_else(chip, monkeypatch, others):
     asked = problem(chip)
     hold(chip, {asked: Record(another(asked), {})})
     far = asked._replace(**others)
-    assert choose(far) == candidates(far)[by_rule(far)]
+    assert choose(*far) == candidates(far)[by_rule(far)]
 
 
 def test_a_candidate_that_is_gone_leaves_it_to_the_rule(chip):
     asked = problem(chip)
     write(chip, {asked: Record("levers 1x1x1", {"levers 1x1x1": 1.0})})
-    assert choose(asked) == candidates(asked)[by_rule(asked)]
+    assert choose(*asked) == candidates(asked)[by_rule(asked)]
     assert "levers 1x1x1, once measured, is no candidate any more" in why(asked)[1]
     whole = problem(chip, task=OP)
     write(chip, {whole: Record("levers", {})})
@@ -122,19 +122,19 @@ def test_a_candidate_that_is_gone_leaves_it_to_the_rule(chip):
 
 def test_stock_is_preferred_where_it_was_measured_better(chip, monkeypatch):
     whole, other = problem(chip, task=OP, aligned=False), problem(chip, M=64, task=OP, aligned=False)
-    assert not prefers_stock(whole)
+    assert not prefers_stock(*whole)
     write(chip, {whole: Record(STOCK, {STOCK: 90.0, FUSED: 100.0}), other: Record(FUSED, {FUSED: 1.0})})
     for _ in range(2):
-        assert prefers_stock(whole) and not prefers_stock(other)
+        assert prefers_stock(*whole) and not prefers_stock(*other)
         assert why(whole) == (STOCK, "measured, µs: stock 90.0, fused 100.0")
         forget()
 
 
 def test_where_stock_is_nowhere_better_nobody_looks_twice(chip, monkeypatch):
     hold(chip, {problem(chip, task=OP): Record(FUSED, {})})
-    assert not prefers_stock(problem(chip, task=OP))
+    assert not prefers_stock(*problem(chip, task=OP))
     monkeypatch.setattr(records, "_table", None)
-    assert not prefers_stock(problem(chip, M=1, task=OP))
+    assert not prefers_stock(*problem(chip, M=1, task=OP))
 
 
 def test_only_a_gpu_has_records(tmp_path):
@@ -151,7 +151,7 @@ fusedact.set_backend("triton")
 F.linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu")
 for chip in records.REFERENCE_CHIPS.values():
     asked = Problem("forward", 64, 64, 64, torch.float32, "ieee", False, chip)
-    choose(asked), prefers_stock(asked)
+    choose(*asked), prefers_stock(*asked)
 print([path for path in seen if os.environ["FUSEDACT_CACHE"] in path])
 """
     environment = os.environ | {"FUSEDACT_CACHE": str(tmp_path), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -223,15 +223,15 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_then_replaced(chip, name
     file().write_bytes(DAMAGED[name])
     asked = problem(chip)
     with pytest.warns(RuntimeWarning) as warned:
-        assert choose(asked) == candidates(asked)[by_rule(asked)]
-        assert not prefers_stock(problem(chip, task=OP))
-        choose(problem(chip, M=1))
+        assert choose(*asked) == candidates(asked)[by_rule(asked)]
+        assert not prefers_stock(*problem(chip, task=OP))
+        choose(*problem(chip, M=1))
     assert len(warned) == 1 and str(file()) in str(warned[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(chip, {asked: Record(another(asked), {})})
         forget()
-        assert choose(asked) == candidates(asked)[another(asked)]
+        assert choose(*asked) == candidates(asked)[another(asked)]
 
 
 def test_what_cannot_be_read_is_ignored_with_one_warning(chip):
@@ -239,7 +239,7 @@ def test_what_cannot_be_read_is_ignored_with_one_warning(chip):
     with pytest.warns(RuntimeWarning, match="are not read") as warned:
         for M in range(1, 4):
             asked = problem(chip, M=M)
-            assert choose(asked) == candidates(asked)[by_rule(asked)]
+            assert choose(*asked) == candidates(asked)[by_rule(asked)]
     assert len(warned) == 1
 
 
@@ -253,7 +253,7 @@ def test_what_cannot_be_written_holds_for_this_process(chip, tmp_path, monkeypat
             assert write(chip, {one: Record(another(one), {})}) is None
     assert len(warned) == 1
     for one in (asked, other):
-        assert choose(one) == candidates(one)[another(one)]
+        assert choose(*one) == candidates(one)[another(one)]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
@@ -261,7 +261,7 @@ def test_a_read_only_folder(chip):
     file().parent.chmod(0o500)
     with pytest.warns(RuntimeWarning, match="for this process alone"):
         assert write(chip, {problem(chip): Record(LIBRARY, {})}) is None
-    assert choose(problem(chip)) is None
+    assert choose(*problem(chip)) is None
 
 
 def test_a_disk_that_is_full_leaves_the_old_file(chip, monkeypatch):
@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(chip, monkeypatch):
         write(chip, {asked: Record(another(asked), {})})
     assert file().read_bytes() == before
     assert sorted(path.suffix for path in file().parent.iterdir()) == [".json", ".lock"]
-    assert choose(asked) == candidates(asked)[another(asked)]
+    assert choose(*asked) == candidates(asked)[another(asked)]
 
 
 def test_where_the_folder_is(monkeypatch, tmp_path):
@@ -334,7 +334,7 @@ def test_two_processes_lose_nothing_and_the_file_is_always_whole(chip):
             records._parsed(path_of(MACHINE).read_bytes(), MACHINE)
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(records._read(MACHINE)) == 40
-    assert choose(problem(chip, M=2**19, N=2)) is None and choose(problem(chip, M=2**19, N=1)) is None
+    assert choose(*problem(chip, M=2**19, N=2)) is None and choose(*problem(chip, M=2**19, N=1)) is None
 
 
 def test_killed_while_writing_leaves_the_old_file_and_no_lock(chip):

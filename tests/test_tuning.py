@@ -80,9 +80,9 @@ def test_the_fastest_is_chosen_and_held(chip, device, timed, dtype, precision):
     assert said == list(problems) == ["forward", "dx", "dw", "backward", "whole"]
     assert not any(one.left_out for one in found.values())
     assert all(set(one.record.microseconds) == set(candidates(p)) for p, one in found.items() if p.task != OP)
-    assert all(choose(problems[label]) == tile for label, tile in tiles.items())
+    assert all(choose(*problems[label]) == tile for label, tile in tiles.items())
     assert found[problems["whole"]].record == Record(STOCK, {STOCK: 40.0, FUSED: 100.0})
-    assert prefers_stock(problems["whole"])
+    assert prefers_stock(*problems["whole"])
     assert not records.path_of(records.machine_of(chip)).exists()
 
 
@@ -181,7 +181,9 @@ def test_the_backward_of_a_chain_is_judged_by_the_derivative(chip, device, name,
 def test_layers_ask_for_the_problems_that_are_tuned(device, monkeypatch):
     """One alone, and as the second of a chain."""
     asked, chip = [], backend.chip(torch.empty(0, device=device).device)
-    monkeypatch.setattr("fusedact.autograd.linear.choose", lambda problem: asked.append(problem) or choose(problem))
+    monkeypatch.setattr(
+        "fusedact.autograd.linear.choose", lambda *problem: asked.append(Problem(*problem)) or choose(*problem)
+    )
     shapes = ((24, 20), (16, 20), (16,), (24, 8), (20, 8))
     x, w, b, x_before, w_before = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
     problems = layer(chip, precision=backend.dot_precision(x.dtype)).problems()

@@ -1,7 +1,7 @@
 """act(x Wᵀ + b). Saves x, W and b by reference, and one of y (which the next layer holds anyway) and z."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from fusedact import backend, tuning
 from fusedact.activations import Activation, by_name
 from fusedact.autograd.activation import gradient_function, value_function
 from fusedact.autograd.doors import Op
-from fusedact.tuning import LEAST_ALIGNED, Problem, choose
+from fusedact.tuning import LEAST_ALIGNED, choose
 
 
 class Plan(NamedTuple):
@@ -39,43 +39,47 @@ def _plan(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtype, 
     return Plan(linear, chain, bias_activation, value, gradient, from_output)
 
 
+@cache
+def _kernels() -> Any:
+    from fusedact.kernels import linear
+
+    return linear
+
+
 def tile_for(task: str, a: Tensor, b: Tensor) -> Any:
     """What takes the product of a (M, K) and bᵀ, b (N, K), for such a task."""
     (M, K), N, dtype = a.shape, b.shape[0], a.dtype
-    aligned = M * N * K >= LEAST_ALIGNED and _is_aligned(a) and _is_aligned(b)
-    return choose(Problem(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, backend.chip(a.device)))
+    aligned = False
+    if M * N * K >= LEAST_ALIGNED:
+        is_aligned = _kernels().is_aligned
+        aligned = is_aligned(a) and is_aligned(b)
+        M, N, K = _rounded(M), _rounded(N), _rounded(K)
+    return choose(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, backend.chip(a.device))
 
 
-def _is_aligned(t: Tensor) -> bool:
-    from fusedact.kernels import linear
-
-    return linear.is_aligned(t)
+def _rounded(n: int) -> int:
+    """Up to whole tiles, so that sizes which change from step to step are not all looked at."""
+    return n if n <= 256 else -(-n // 128) * 128
 
 
 def prefers_stock(x: Tensor, weight: Tensor) -> bool:
     """Whether stock was measured to be faster at this layer, and kernels were not asked for by name."""
     if backend.get_backend() != "auto":
         return False
-    (N, K), chip = weight.shape, backend.chip(x.device)
-    precision = backend.dot_precision(x.dtype)
-    return tuning.prefers_stock(Problem("op", x.numel() // max(K, 1), N, K, x.dtype, precision, False, chip))
+    (N, K), dtype = weight.shape, x.dtype
+    rows = x.numel() // K if K else 0
+    return tuning.prefers_stock("op", rows, N, K, dtype, backend.dot_precision(dtype), False, backend.chip(x.device))
 
 
 def bare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b without an activation, by what is fastest."""
-    from fusedact.kernels import activations, linear
-
     tile = tile_for("dx", x, weight)
-    if tile is None:
-        return F.linear(x, weight, bias)
-    return linear.forward(x, weight, bias, activations.identity, (), None, tile, save_z=False)[0]
+    return F.linear(x, weight, bias) if tile is None else _kernels().bare(x, weight, bias, tile)
 
 
 def product(task: str, a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) b (K, N) for dx or dw, by what is fastest."""
-    from fusedact.kernels import linear
-
-    return linear.product(a, b, tile_for(task, a, b.t()))
+    return _kernels().product(a, b, tile_for(task, a, b.t()))
 
 
 def _launch(

@@ -53,17 +53,21 @@ _has_stock: dict[Chip, bool] = {}  # whether stock was better anywhere, once tha
 
 
 @lru_cache(4096)
-def choose(problem: Problem) -> Any:
-    """The tile that takes this product, None for the library: the measured one if it still exists, else the rule's."""
-    return candidates(problem)[_chosen(problem)]
+def choose(*problem: Any) -> Any:
+    """The tile that takes the product of these fields of a Problem, None for the library.
 
-
-def prefers_stock(problem: Problem) -> bool:
-    """Whether stock PyTorch was measured to be better at the whole layer.
-
-    Its problem has the task "op", the forward's M, N and K, and is not aligned.
+    The measured one if it still exists, else the rule's.
     """
-    return _has_stock.get(problem.chip, True) and _prefers_stock(problem)
+    asked = Problem(*problem)
+    return candidates(asked)[_chosen(asked)]
+
+
+def prefers_stock(*problem: Any) -> bool:
+    """Whether stock PyTorch was measured to be better at the whole layer of these fields of a Problem.
+
+    Its task is "op", M, N and K are the forward's, and it is not aligned.
+    """
+    return _has_stock.get(problem[-1], True) and _prefers_stock(Problem(*problem))
 
 
 def why(problem: Problem) -> tuple[str, str]:
