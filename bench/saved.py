@@ -38,7 +38,10 @@ def kept(nn, activation: Activation, dtype: torch.dtype) -> int:
 
 
 def table() -> str:
-    lines = ["| activation | keeps | float32: stock | float32 | bfloat16: stock | bfloat16 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| activation | keeps | float32: stock | float32 | bfloat16: stock | bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
     for activation in TABLE:
         if activation.module is None:
             continue
