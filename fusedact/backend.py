@@ -133,7 +133,7 @@ def chip(device: torch.device) -> Chip:
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     # Newer consumer chips have neither the matrix instructions nor the shared memory of sm_90 and sm_100.
     kind = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80") if torch.version.hip is None else "gfx942"
-    return Chip(kind, shared, properties.warp_size, properties.multi_processor_count)
+    return Chip(kind, shared, properties.warp_size, properties.multi_processor_count, name=properties.name)
 
 
 @functools.cache

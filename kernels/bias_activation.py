@@ -330,8 +330,18 @@ def forward_channels(x, bias, act, params, slope, config, in_place):
     In x's own memory where `in_place` gives it up. One launch.
     """
     y = x if in_place else x.new_empty_strided(x.shape, x.stride())
+    _launch_channels(x, bias, y, act, params, slope, config)
+    return y
+
+
+def activated(z, act, params, slope, into):
+    """act(z) of rows z (M, N), slope (N,) or (1,) or None, into z itself or another of its strides. One launch."""
+    _launch_channels(z, None, into, act, params, slope, tile_of_walk(z.element_size()))
+
+
+def _launch_channels(x, bias, y, act, params, slope, config):
     if y.numel() == 0:
-        return y
+        return
     plan, _ = _channel_walk(y, [], bias, slope, config.elements)
     launch(
         _forward_channels_kernel, (plan.tiles(0) * plan.tiles(1) * plan.tiles(2),),
@@ -343,12 +353,6 @@ def forward_channels(x, bias, act, params, slope, config, in_place):
         BLOCK_B=plan.block[0], BLOCK_C=plan.block[1], BLOCK_A=plan.block[2],
         num_warps=config.num_warps,
     )  # fmt: skip
-    return y
-
-
-def activated(z, act, params, slope, in_place):
-    """act(z) of rows z (M, N), slope (N,) or (1,) or None, in z's own memory where `in_place`. One launch."""
-    return forward_channels(z, None, act, params, slope, tile_of_walk(z.element_size()), in_place)
 
 
 def backward_channels(dy, saved, bias, act_grad, params, slope, from_output, wanted, config):

@@ -171,22 +171,22 @@ def _store_activated(
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(x, w, b, act, params, slope, config, save_z):
-    """x (*, K), w (N, K), b (N,) or None, slope (N,) or (1,) or None -> y (*, N) and z (*, N) or None.
+def forward(x, w, b, act, params, slope, config, save_z, shape=None):
+    """x (M, K), w (N, K), b (N,) or None, slope (N,) or (1,) or None -> y (M, N) and z (M, N) or None.
 
-    z, the pre-activation, is stored where `save_z` asks for it. One launch, and none for an empty result. Without a
-    `config` the product with its bias is the library's, and one launch more activates it.
+    z, the pre-activation, is stored where `save_z` asks for it. Both come in `shape` where rows have more dimensions.
+    One launch, and none for an empty result. Without a `config` the product with its bias is the library's, and one
+    launch more activates it.
     """
-    rows = as_rows(x)
-    (M, K), N = rows.shape, w.shape[0]
+    (M, K), N = x.shape, w.shape[0]
     if config is None:
-        return _activated_by_library(rows, w, b, act, params, slope, (*x.shape[:-1], N), save_z)
-    y = x.new_empty((*x.shape[:-1], N))
+        return _activated_by_library(x, w, b, act, params, slope, save_z, shape)
+    y = x.new_empty(shape or (M, N))
     z = x.new_empty(y.shape) if save_z else None
     if y.numel() == 0:
         return y, z
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    x_by_k, w_by_k = rows.stride(1) == 1, w.stride(1) == 1
+    x_by_k, w_by_k = x.stride(1) == 1, w.stride(1) == 1
     constants = {
         "ACT": act, "PRECISION": config.precision, "X_BY_K": x_by_k, "W_BY_K": w_by_k, "ALIGNED_N": math.gcd(N, 16),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": GROUP_M,
@@ -194,7 +194,7 @@ def forward(x, w, b, act, params, slope, config, save_z):
     }  # fmt: skip
     if config.programs:
         _forward_tiles_kernel[(min(tiles, config.programs),)](
-            described(rows, x_by_k, config.block_m, config.block_k),
+            described(x, x_by_k, config.block_m, config.block_k),
             described(w, w_by_k, config.block_n, config.block_k),
             b, slope, y, z,
             M, N, K,
@@ -205,20 +205,30 @@ def forward(x, w, b, act, params, slope, config, save_z):
     else:
         launch(
             _forward_kernel, (tiles,),
-            rows, w, b, slope, y, z,
+            x, w, b, slope, y, z,
             M, N, K,
-            *rows.stride(), *w.stride(), slope_stride(b), slope_stride(slope),
+            *x.stride(), *w.stride(), slope_stride(b), slope_stride(slope),
             as_arguments(params, x.dtype),
             ACCUMULATOR=accumulator(x.dtype), EVEN_K=K % config.block_k == 0,
-            **as_offsets(rows, x_by_k, w, w_by_k, config), **constants,
+            **as_offsets(x, x_by_k, w, w_by_k, config), **constants,
         )  # fmt: skip
     return y, z
 
 
-def _activated_by_library(rows, w, b, act, params, slope, shape, save_z):
-    z = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
-    y = bias_activation.activated(z, act, params, slope, in_place=not save_z)
-    return y.view(shape), z.view(shape) if save_z else None
+def _activated_by_library(x, w, b, act, params, slope, save_z, shape):
+    """The result is no view, which would forbid a user to change it in place."""
+    if shape is None:
+        z = rows = torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
+    else:
+        z = x.new_empty(shape)
+        rows = z.view(len(x), len(w))
+        torch.mm(x, w.t(), out=rows) if b is None else torch.addmm(b, x, w.t(), out=rows)
+    if not save_z:
+        bias_activation.activated(rows, act, params, slope, into=rows)
+        return z, None
+    y = torch.empty_like(z)
+    bias_activation.activated(rows, act, params, slope, into=y.view(rows.shape))
+    return y, z
 
 
 def product(a, b, config):
@@ -228,9 +238,9 @@ def product(a, b, config):
     return bare(a, b.t(), None, config)
 
 
-def bare(x, w, b, config):
-    """x (M, K), w (N, K), b (N,) or None -> x Wᵀ + b, in one launch."""
-    y, _ = forward(x, w, b, identity, (), None, config, save_z=False)
+def bare(x, w, b, config, shape=None):
+    """x (M, K), w (N, K), b (N,) or None -> x Wᵀ + b (M, N), or in `shape`. One launch."""
+    y, _ = forward(x, w, b, identity, (), None, config, save_z=False, shape=shape)
     return y
 
 

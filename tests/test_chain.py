@@ -69,7 +69,7 @@ def test_value_and_every_gradient(widths, names, dtype, device, as_accurate_as_t
 
 @settings(max_examples=15)
 @given(
-    widths=st.lists(st.integers(1, 40), min_size=3, max_size=5),
+    widths=st.lists(st.integers(0, 40), min_size=3, max_size=5),
     rows=st.integers(0, 40),
     bias=st.booleans(),
     data=st.data(),
@@ -185,6 +185,56 @@ def test_when_layers_are_one_op(changed, expected, device):
     model = network((4, 6, 5), ("relu", "relu"), device)
     changed(model)
     assert is_one_op(model, torch.randn(3, 4, device=device)) == expected
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("last", ["relu", "gelu", None])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("library", [False, True])
+def test_the_result_may_be_changed_in_place_as_stocks_may(lead, last, layers, library, device, monkeypatch):
+    """Unless it is what backward needs, which is then torch's error. Also where the library takes the products."""
+    if library:
+        monkeypatch.setattr("fusedact.autograd.linear.choose", lambda *problem: None)
+    widths, names = (*(4, 6, 5)[:layers], 5), ("relu",) * (layers - 1) + (last,)
+    model = network(widths, names, device)
+    y = model(torch.randn(*lead, 4, device=device))
+    y.mul_(2)
+    if last == "relu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_negated_gradient(layers, device):
+    """Whose memory holds the gradient with the other sign."""
+    model = network((4, 6, 5)[: layers + 1], ("tanh", "gelu")[:layers], device)
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    y = model(x)
+    grads = [
+        torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+        for dy in (torch._neg_view(torch.ones_like(y)), -torch.ones_like(y))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_an_attribute_of_torchs_linear_is_no_activation(device):
+    model = nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5)).to(device)
+    x = torch.randn(30, 4, device=device)
+    expected = model(x)
+    model[2].activation = torch.nn.ReLU()
+    assert torch.equal(model(x), expected) and expected.min() < 0
+
+
+def test_a_frozen_layer_in_front_keeps_nothing(device):
+    model = network((8, 12, 10, 6), ("gelu", "gelu", "gelu"), device)
+    model[:2].requires_grad_(False)
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        model(torch.randn(20, 8, device=device))
+    own = sum(p.numel() for p in model[2:].parameters())
+    assert sum(t.numel() for t in found) == own + 20 * (12 + 10 + 6)  # the chain's input, and two pre-activations
 
 
 def test_layers_with_activations_of_their_own(device, as_accurate_as_torch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedact import backend
 from fusedact.activations import by_name
 from fusedact.autograd.doors import differentiate
-from fusedact.autograd.linear import Plan, bare, plan_of, product, tile_for
+from fusedact.autograd.linear import Plan, bare, in_rows, plan_of, product, tile_for
 
 Activations = tuple[tuple[str, tuple[float, ...]] | None, ...]  # name and parameters of each layer, None for none
 TENSORS = 3  # of a layer: weight, bias, slope
@@ -35,6 +35,10 @@ def can_be_chained(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     return plain and any(t.requires_grad for t in given)
 
 
+def _as_rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     return [tensors[at : at + TENSORS] for at in range(0, len(tensors), TENSORS)]
 
@@ -42,7 +46,7 @@ def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
 class LinearChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activations: Activations, *tensors: Tensor | None) -> Tensor:
-        y = x.reshape(-1, x.shape[-1])
+        y = x
         kept: list[Tensor | None] = []
         for activation, (weight, bias, slope) in zip(activations, _layers(tensors), strict=True):
             if activation is None:
@@ -50,10 +54,10 @@ class LinearChain(torch.autograd.Function):
                 kept.append(None)
                 continue
             plan = plan_of(*activation, x)
-            tile, save_z = tile_for("forward", y, weight), not plan.from_output
-            y, z = plan.linear.forward(y, weight, bias, plan.value, activation[1], slope, tile, save_z)
+            rows, shape = in_rows(y, weight)
+            tile, save_z = tile_for("forward", rows, weight), not plan.from_output
+            y, z = plan.linear.forward(rows, weight, bias, plan.value, activation[1], slope, tile, save_z, shape)
             kept.append(z if save_z else y)
-        y = y.view(*x.shape[:-1], y.shape[-1])
         ctx.activations = activations
         ctx.save_for_backward(x, *tensors, *kept)
         ctx.set_materialize_grads(False)
@@ -67,6 +71,7 @@ class LinearChain(torch.autograd.Function):
         want_x, _, *wanted = ctx.needs_input_grad
         if dy is None:
             return (None,) * (2 + count)
+        dy = dy.resolve_neg()
         if torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy):
             inputs, want = (x, *tensors), (want_x, *wanted)
             dx, *grads = differentiate(lambda *ts: _composite(ctx.activations, *ts), inputs, want, (dy,))
@@ -99,9 +104,9 @@ class _Kept(NamedTuple):
     def output(self) -> Tensor:
         if self.plan.from_output:
             return self.saved
-        return self.plan.bias_activation.activated(
-            self.saved, self.plan.value, self.parameters, self.slope, in_place=False
-        )
+        y = torch.empty_like(self.saved)
+        self.plan.bias_activation.activated(self.saved, self.plan.value, self.parameters, self.slope, into=y)
+        return y
 
     def through_activation(self, dy: Tensor, want_bias: bool, want_slope: bool) -> list[Tensor | None]:
         """dz, db and the slope's gradient."""
@@ -110,13 +115,15 @@ class _Kept(NamedTuple):
             dy, self.saved, self.plan.gradient, self.parameters, self.slope, want_bias, want_slope, tile
         )
 
-    def through_layer(self, dz: Tensor, weight: Tensor, want_bias: bool, want_slope: bool) -> list[Tensor | None]:
-        """From the dz of the layer after it: dz, y, db and the slope's gradient."""
+    def through_layer(
+        self, dz: Tensor, weight: Tensor, want_y: bool, want_bias: bool, want_slope: bool
+    ) -> list[Tensor | None]:
+        """From the dz of the layer after it: dz, y or what is in its place, db and the slope's gradient."""
         tile = tile_for("backward", dz, weight.t())
         pass_tile = self.plan.bias_activation.tile(*self.saved.shape, self.saved.element_size())
         return self.plan.chain.backward(
             dz, weight, self.saved, self.plan.value, self.plan.gradient, self.parameters, self.slope,
-            self.plan.from_output, want_bias, want_slope, tile, pass_tile,
+            self.plan.from_output or not want_y, want_bias, want_slope, tile, pass_tile,
         )  # fmt: skip
 
 
@@ -125,17 +132,17 @@ def _gradients(
     x: Tensor,
     activations: Activations,
     tensors: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
+    saved: Sequence[Any],
     want_x: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and a gradient for each tensor, None where none is wanted."""
     layers, wants = _layers(tensors), _layers(wanted)
     kept: list[Any] = [
-        _Kept(plan_of(*activation, x), activation[1], slope, t.contiguous()) if activation and t is not None else None
+        _Kept(plan_of(*activation, x), activation[1], slope, _as_rows(t.contiguous())) if activation else None
         for activation, (_, _, slope), t in zip(activations, layers, saved, strict=True)
     ]
-    dz: Any = dy.reshape(-1, dy.shape[-1])
+    dz: Any = _as_rows(dy)
     if kept[-1] is None:
         sums = [dz.sum(0) if wants[-1][1] else None, None]
     else:
@@ -145,10 +152,12 @@ def _gradients(
         weight, (want_weight, *_) = layers[at][0], wants[at]
         after, of_layer = dz, sums
         if want_x or any(wanted[: TENSORS * at]):
-            dz, y, *sums = kept[at - 1].through_layer(after, weight, *wants[at - 1][1:])
+            dz, y, *sums = kept[at - 1].through_layer(after, weight, want_weight, *wants[at - 1][1:])
         else:
             y, sums = kept[at - 1].output() if want_weight else None, [None, None]
         grads = [product("dw", after.t(), y) if want_weight else None, *of_layer, *grads]
-    dw = product("dw", dz.t(), x.reshape(-1, x.shape[-1])) if wants[0][0] else None
-    dx = product("dx", dz, layers[0][0]).view(x.shape) if want_x else None
+    dw = product("dw", dz.t(), _as_rows(x)) if wants[0][0] else None
+    dx = product("dx", dz, layers[0][0]) if want_x else None
+    if dx is not None and dx.shape != x.shape:
+        dx = dx.view(x.shape)
     return dx, [dw, *sums, *grads]

@@ -105,6 +105,7 @@ class Op:
         inputs, extras = saved[: self.tensors], saved[self.tensors :]
         wanted = list(ctx.needs_input_grad[: self.tensors])
         dys = dys[: 1 if self.results is None else self.results(ctx.options)]
+        dys = tuple(dy if dy is None else dy.resolve_neg() for dy in dys)
         others = (None,) * len(ctx.options)
         if all(dy is None for dy in dys):
             return (None,) * self.tensors + others

@@ -14,6 +14,8 @@ from fusedact.autograd.activation import gradient_function, value_function
 from fusedact.autograd.doors import Op
 from fusedact.tuning import LEAST_ALIGNED, choose
 
+TILED = 256  # rows and columns of no tile are more
+
 
 class Plan(NamedTuple):
     """What a call needs and its shapes do not tell."""
@@ -49,32 +51,34 @@ def _kernels() -> Any:
 def tile_for(task: str, a: Tensor, b: Tensor) -> Any:
     """What takes the product of a (M, K) and bᵀ, b (N, K), for such a task."""
     (M, K), N, dtype = a.shape, b.shape[0], a.dtype
-    aligned = False
-    if M * N * K >= LEAST_ALIGNED:
-        is_aligned = _kernels().is_aligned
-        aligned = is_aligned(a) and is_aligned(b)
-        M, N, K = _rounded(M), _rounded(N), _rounded(K)
+    aligned = M * N * K >= LEAST_ALIGNED and _kernels().is_aligned(a) and _kernels().is_aligned(b)
+    if M > TILED:  # up to whole tiles, so that sizes which change from step to step are not all looked at
+        M = -(-M // TILED) * TILED
+    if K > TILED:
+        K = -(-K // TILED) * TILED
     return choose(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, backend.chip(a.device))
 
 
-def _rounded(n: int) -> int:
-    """Up to whole tiles, so that sizes which change from step to step are not all looked at."""
-    return n if n <= 256 else -(-n // 128) * 128
+def in_rows(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """x (*, K) as rows (M, K), and the shape (*, N) of what comes of them, None where that is (M, N)."""
+    if x.dim() == 2:
+        return x, None
+    return _kernels().as_rows(x), (*x.shape[:-1], len(weight))
 
 
 def prefers_stock(x: Tensor, weight: Tensor) -> bool:
-    """Whether stock was measured to be faster at this layer, and kernels were not asked for by name."""
+    """Whether stock was measured to be faster at a layer of this weight, for as many rows as x; never if forced."""
     if backend.get_backend() != "auto":
         return False
-    (N, K), dtype = weight.shape, x.dtype
-    rows = x.numel() // K if K else 0
+    (N, K), dtype, rows = weight.shape, x.dtype, x.shape[:-1].numel()
     return tuning.prefers_stock("op", rows, N, K, dtype, backend.dot_precision(dtype), False, backend.chip(x.device))
 
 
 def bare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b without an activation, by what is fastest."""
-    tile = tile_for("dx", x, weight)
-    return F.linear(x, weight, bias) if tile is None else _kernels().bare(x, weight, bias, tile)
+    rows, shape = in_rows(x, weight)
+    tile = tile_for("dx", rows, weight)
+    return F.linear(x, weight, bias) if tile is None else _kernels().bare(rows, weight, bias, tile, shape)
 
 
 def product(task: str, a: Tensor, b: Tensor) -> Tensor:
@@ -92,9 +96,9 @@ def _launch(
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
     plan = plan_of(activation, parameters, x)
-    tile = tile_for("forward", x if x.dim() == 2 else plan.linear.as_rows(x), weight)
-    save_z = save and not plan.from_output
-    return plan.linear.forward(x, weight, bias, plan.value, parameters, slope, tile, save_z)
+    rows, shape = in_rows(x, weight)
+    tile, save_z = tile_for("forward", rows, weight), save and not plan.from_output
+    return plan.linear.forward(rows, weight, bias, plan.value, parameters, slope, tile, save_z, shape)
 
 
 def _saves_z(activation: str, parameters: Sequence[float], dtype: torch.dtype) -> bool:

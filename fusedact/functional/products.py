@@ -55,12 +55,22 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     Raises what `linear` raises.
     """
-    chained = _chained(input, layers)
-    if chained is not None:
-        return autograd.linear_chain(*chained)
-    for weight, bias, activation in layers:
+    layers = list(layers)
+    while layers:
+        weight, bias, activation = layers[0]
+        trained = any(_wants_gradient(t) for t in (input, weight, bias, activation))
+        chained = _chained(input, layers) if trained and len(layers) > 1 else None
+        if chained is not None:
+            return autograd.linear_chain(*chained)
         input = linear(input, weight, bias, activation=activation)
+        del layers[0]
     return input
+
+
+def _wants_gradient(part: Tensor | nn.Module | str | None) -> bool:
+    """A frozen layer in front is no part of a chain, since nothing of it need be kept."""
+    parts = part.parameters() if isinstance(part, nn.Module) else (part,)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in parts)
 
 
 def _chained(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple, list[Tensor | None]] | None:

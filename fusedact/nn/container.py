@@ -15,8 +15,8 @@ from fusedact.nn.linear import Linear
 class Sequential(torch.nn.Sequential):
     """Modules in a row; a Linear or Conv2d (torch's or ours) runs as one op with a known activation after it.
 
-    Linear layers that follow each other so, with a last one that may have none, are one op in training. What has a
-    hook, a subclass of a layer, or a replaced forward runs as torch.nn.Sequential runs it.
+    Linear layers that follow each other so, with a last one that may have none, are one op in training, whose gradients
+    arrive together. What has a hook, a subclass of a layer, or a replaced forward runs as torch.nn.Sequential runs it.
     Source: torch.nn.Sequential.
     """
 
@@ -43,7 +43,7 @@ def _linear_layers(modules: list[torch.nn.Module], at: int) -> tuple[list[Layer]
     layers: list[Layer] = []
     while at < len(modules) and _is_linear(modules[at]):
         linear: Any = modules[at]
-        activation = getattr(linear, "activation", None)
+        activation = linear.activation if type(linear) is Linear else None
         at += 1
         if activation is None and at < len(modules) and _is_pair(linear, modules[at]):
             activation = modules[at]

@@ -49,6 +49,7 @@ class Chip:
     warp_size: int
     multiprocessors: int
     interpreted: bool = False
+    name: str = ""
 
     @property
     def copies(self) -> bool:
@@ -142,9 +143,16 @@ def _tiles(problem: Problem) -> Iterator[tuple[Any, float]]:
         for shape in BY_DESCRIPTORS.get(itemsize, ()):
             if problem.task != "backward" or shape.block_n <= WIDEST_BACKWARD_DESCRIBED:
                 yield from _fitted(problem, shape, precision, chip.multiprocessors)
-        if itemsize == 2 and problem.task != "backward":
-            for shape in SPECIALIZED:
+        if itemsize == 2 and problem.task != "backward" and chip.kind == "sm_90":
+            for shape in _specialized():
                 yield from _fitted(problem, shape, precision, chip.multiprocessors, specialized=True)
+
+
+def _specialized() -> Iterator[Shape]:
+    """Those that this Triton compiles."""
+    import triton
+
+    return (shape for shape in SPECIALIZED if shape.block_m == 64 or triton.__version__.startswith("3.6."))
 
 
 def _fitted(

@@ -121,7 +121,7 @@ def machine_of(chip: Chip) -> Machine | None:
         return None
     import triton
 
-    return Machine(torch.cuda.get_device_name(), _driver(), triton.__version__, str(torch.__version__))
+    return Machine(chip.name or torch.cuda.get_device_name(), _driver(), triton.__version__, str(torch.__version__))
 
 
 def path_of(machine: Machine) -> Path:
