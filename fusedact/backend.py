@@ -125,15 +125,17 @@ def _warn_once(problem: str) -> None:
 
 
 @functools.cache
-def chip(device: torch.device) -> Chip:
-    """What the choice of a kernel asks of a device. The interpreter plays Hopper."""
+def chip(device: torch.device, library: bool = True) -> Chip:
+    """What the choice of a kernel asks of a device; whether that may be the library's. The interpreter plays Hopper."""
     if device.type != "cuda":
-        return Chip("sm_90", shared_memory=227 * 1024, warp_size=32, multiprocessors=132, interpreted=True)
+        return Chip("sm_90", 227 * 1024, warp_size=32, multiprocessors=132, interpreted=True, library=False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     # Newer consumer chips have neither the matrix instructions nor the shared memory of sm_90 and sm_100.
     kind = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80") if torch.version.hip is None else "gfx942"
-    return Chip(kind, shared, properties.warp_size, properties.multi_processor_count, name=properties.name)
+    return Chip(
+        kind, shared, properties.warp_size, properties.multi_processor_count, library=library, name=properties.name
+    )
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def linear(activation, M, K, N, dtype=torch.float32, bias=True, slope=None, **pa
 def as_on_hopper(*shape, **options):
     """Choices as on the chip itself: the library's products among them, and the copy engine."""
     played = backend.chip
-    backend.chip = lambda device: REFERENCE_CHIPS["sm_90"]
+    backend.chip = lambda device, library=True: REFERENCE_CHIPS["sm_90"]
     try:
         linear(*shape, **options)
     finally:

@@ -180,7 +180,7 @@ def test_the_backward_of_a_chain_is_judged_by_the_derivative(chip, device, name,
 
 def test_layers_ask_for_the_problems_that_are_tuned(device, monkeypatch):
     """One alone, and as the second of a chain."""
-    asked, chip = [], backend.chip(torch.empty(0, device=device).device)
+    asked, chip = [], backend.chip(torch.empty(0, device=device).device, False)
     monkeypatch.setattr(
         "fusedact.autograd.linear.choose", lambda *problem: asked.append(Problem(*problem)) or choose(*problem)
     )

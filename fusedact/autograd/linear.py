@@ -56,7 +56,8 @@ def tile_for(task: str, a: Tensor, b: Tensor) -> Any:
         M = -(-M // TILED) * TILED
     if K > TILED:
         K = -(-K // TILED) * TILED
-    return choose(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, backend.chip(a.device))
+    chip = backend.chip(a.device, backend.get_backend() == "auto")  # kernels asked for by name are all our own
+    return choose(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, chip)
 
 
 def in_rows(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

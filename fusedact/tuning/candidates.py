@@ -42,13 +42,17 @@ RATES = {
 
 @dataclass(frozen=True, eq=False)
 class Chip:
-    """A device as the rule sees it. kind: the target whose tables hold for it. interpreted: a CPU plays it."""
+    """A device as the rule sees it.
+
+    kind: the target whose tables hold for it. interpreted: a CPU plays it. library: whose products may be chosen too.
+    """
 
     kind: str
     shared_memory: int
     warp_size: int
     multiprocessors: int
     interpreted: bool = False
+    library: bool = True
     name: str = ""
 
     @property
@@ -120,7 +124,7 @@ SPECIALIZED = (Shape(128, 256, 64, 4, 0.96), Shape(128, 128, 64, 4, 0.90), Shape
 
 def candidates(problem: Problem) -> dict[str, Any]:
     """Every way to take this product, by name; the library's is None."""
-    return {_name(tile): tile for tile, _ in _tiles(problem)} | ({} if problem.chip.interpreted else {LIBRARY: None})
+    return {_name(tile): tile for tile, _ in _tiles(problem)} | ({LIBRARY: None} if problem.chip.library else {})
 
 
 def _name(tile: Any) -> str:
@@ -212,7 +216,7 @@ def _bytes(problem: Problem) -> int:
 
 def estimates(problem: Problem) -> dict[str, float]:
     """Seconds of the candidates by the rule, but of those whose warps specialize: not every Triton compiles them."""
-    times = {} if problem.chip.interpreted else {LIBRARY: estimate_of_library(problem)}  # first: it wins a tie
+    times = {LIBRARY: estimate_of_library(problem)} if problem.chip.library else {}  # first: it wins a tie
     return times | {_name(t): estimate(problem, t, share) for t, share in _tiles(problem) if not t.specialized}
 
 
