@@ -1,5 +1,6 @@
 """The products, linear and convolution, with their activation."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,20 +56,23 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     Raises what `linear` raises.
     """
-    layers = list(layers)
-    while layers:
-        weight, bias, activation = layers[0]
-        trained = any(_wants_gradient(t) for t in (input, weight, bias, activation))
-        chained = _chained(input, layers) if trained and len(layers) > 1 else None
+    first = 0  # of those that a gradient goes through: nothing of a frozen one before it need be kept
+    if torch.is_grad_enabled():
+        while first < len(layers) and not any(_wants_gradient(part) for part in (input, *layers[first])):
+            input = _layer(input, layers[first])
+            first += 1
+        chained = _chained(input, layers[first:]) if first + 1 < len(layers) else None
         if chained is not None:
             return autograd.linear_chain(*chained)
-        input = linear(input, weight, bias, activation=activation)
-        del layers[0]
-    return input
+    return functools.reduce(_layer, layers[first:], input)
+
+
+def _layer(input: Tensor, layer: Layer) -> Tensor:
+    weight, bias, activation = layer
+    return linear(input, weight, bias, activation=activation)
 
 
 def _wants_gradient(part: Tensor | nn.Module | str | None) -> bool:
-    """A frozen layer in front is no part of a chain, since nothing of it need be kept."""
     parts = part.parameters() if isinstance(part, nn.Module) else (part,)
     return any(isinstance(t, Tensor) and t.requires_grad for t in parts)
 
