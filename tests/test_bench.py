@@ -32,6 +32,7 @@ def bench(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dry_run_exercises_every_section(tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(

@@ -92,13 +92,13 @@ def test_leading_dimensions(lead, device, as_accurate_as_torch):
     check(ours, stock, x, dy, as_accurate_as_torch)
 
 
-@pytest.mark.parametrize("from_output", [True, False])
+@pytest.mark.parametrize("from_output", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
 def test_every_tile(dtype, tile, from_output, device, as_accurate_as_torch):
-    """The kernel alone, with sums over several tiles of rows, a slope for each channel and for all."""
+    """The kernel alone, on two by two tiles, so that sums have several shares; with a slope for each channel."""
     if device == "cuda" and tile is not None and tile.precision == "tf32":
         pytest.skip("its error is of another size than torch's")
-    M, N, K = 150, 264, 96
+    M, N, K = (tile.block_m + 22, tile.block_n + 8, 96) if tile else (70, 40, 96)
     dz_next, weight, z = (torch.randn(shape, device=device).to(dtype) for shape in ((M, K), (K, N), (M, N)))
     slope = None if from_output else torch.linspace(0.1, 0.9, N, device=device).to(dtype)
     name = "relu" if from_output else "prelu"
@@ -151,7 +151,7 @@ def test_what_is_saved(names, kept, device):
 
 def test_second_derivative(device):
     model = network((3, 4, 2), ("gelu", "tanh"), device, torch.float64)
-    x = torch.randn(5, 3, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
 
     def f(x, *parameters):
         return F.linear_chain(x, [(*parameters[:2], "gelu"), (*parameters[2:], "tanh")])
