@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bench.report import between
 from fusedact.cli.training import COMPARED
 from fusedact.trainers import LAYERS, TRAINERS, Binary
 from fusedact.trainers.runs import Run, train
@@ -90,9 +91,7 @@ def figures(record: dict) -> str:
 
 
 def rendered(readme: str) -> str:
-    """The README with what stands between its two markers made anew."""
-    before, _, rest = readme.partition(OPEN)
-    return f"{before}{OPEN}\n{figures(json.loads(RECORD.read_text()))}\n{CLOSE}{rest.partition(CLOSE)[2]}"
+    return between(readme, OPEN, CLOSE, figures(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":

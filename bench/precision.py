@@ -24,6 +24,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from bench.report import between
 from fusedact.kernels.products import LEADING, REST
 
 ROOT = Path(__file__).parents[1]
@@ -318,9 +319,7 @@ def _cell(errors: Errors, kept: bool) -> str:
 
 
 def rendered(readme: str) -> str:
-    """The README with what stands between its two markers made anew."""
-    before, _, rest = readme.partition(OPEN)
-    return f"{before}{OPEN}\n{tables(json.loads(RECORD.read_text()))}\n{CLOSE}{rest.partition(CLOSE)[2]}"
+    return between(readme, OPEN, CLOSE, tables(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":

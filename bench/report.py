@@ -228,12 +228,17 @@ def newest(results: Path) -> tuple[Path, dict] | None:
 
 
 def rendered(readme: str, results: Path) -> str:
-    """The README with what stands between its two markers made anew; ValueError where they are missing."""
-    before, opened, rest = readme.partition(OPEN)
-    _, closed, after = rest.partition(CLOSE)
+    """The README with its table of a GPU made anew; ValueError where the markers are missing."""
+    return between(readme, OPEN, CLOSE, _readme_table(results))
+
+
+def between(readme: str, opening: str, closing: str, text: str) -> str:
+    """The README with that text between two markers; ValueError where they are missing."""
+    before, opened, rest = readme.partition(opening)
+    _, closed, after = rest.partition(closing)
     if not opened or not closed:
-        raise ValueError(f"expected {OPEN} and {CLOSE} in the README")
-    return f"{before}{OPEN}\n{_readme_table(results)}\n{CLOSE}{after}"
+        raise ValueError(f"expected {opening} and {closing} in the README")
+    return f"{before}{opening}\n{text}\n{closing}{after}"
 
 
 def _readme_table(results: Path) -> str:

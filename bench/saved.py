@@ -4,12 +4,12 @@ Counted with saved-tensor hooks on linear, activation, linear: the distinct memo
 for each of its elements. The kernels are interpreted.
 """
 
-import re
 from pathlib import Path
 
 import torch
 
 import fusedact
+from bench.report import between
 from fusedact.activations import TABLE, Activation
 
 README = Path(__file__).parents[1] / "README.md"
@@ -57,7 +57,7 @@ def table() -> str:
 
 
 def rendered(readme: str) -> str:
-    return re.sub(f"({OPEN}\n).*?({CLOSE})", lambda m: f"{m[1]}{table()}\n{m[2]}", readme, flags=re.DOTALL)
+    return between(readme, OPEN, CLOSE, table())
 
 
 if __name__ == "__main__":
