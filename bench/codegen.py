@@ -40,7 +40,8 @@ from bench.assembly import (
     read_amd,
     read_nvidia,
 )
-from bench.codegen_cases import CASES, EVERY_ACTIVATION, PRECISIONS, Case, Work
+from bench.codegen_cases import CASES, EVERY_ACTIVATION, Case
+from bench.codegen_launchers import PRECISIONS, Work
 
 COPY_BYTES_PER_S = 4.3e12  # H200, as the rates below
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import assembly, codegen, codegen_cases
+from bench import assembly, codegen, codegen_cases, codegen_launchers
 
 triton = pytest.importorskip("triton")
 
@@ -303,10 +303,12 @@ CYCLES = {"bf16": STEP_FLOPS / 4096, "tf32": STEP_FLOPS / 2048, "tf32x3": 3 * ST
 
 def estimated(precision, config, code, programs, least_bytes, flops) -> float:
     """Seconds on an sm_90 of a kernel of 8 warps whose loop is that code."""
-    case = codegen_cases.Case(codegen_cases.linear_forward, precision, ())
+    case = codegen_cases.Case(codegen_launchers.linear_forward, precision, ())
     launch = codegen.Launch(SimpleNamespace(metadata=SimpleNamespace(num_warps=8)), programs, 0)
     read = assembly.Assembly(registers=0, spills=0, mnemonics=code, step=code, events="")
-    return codegen.estimate(codegen.CHIPS["sm_90"], case, codegen_cases.Work(config, least_bytes, flops), launch, read)
+    return codegen.estimate(
+        codegen.CHIPS["sm_90"], case, codegen_launchers.Work(config, least_bytes, flops), launch, read
+    )
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,8 @@ def test_the_barrier_in_ptx():
 
 def print_ptx():
     from bench import codegen
-    from bench.codegen_cases import CASES, training_single_train
+    from bench.codegen_cases import CASES
+    from bench.codegen_launchers import training_single_train
 
     case = next(case for case in CASES if case.launcher is training_single_train)
     (launch,) = codegen.launches(codegen.CHIPS["sm_90"], case)[1]
