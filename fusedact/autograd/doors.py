@@ -42,8 +42,8 @@ class Op:
 
     def register(self) -> Callable[..., Any]:
         """Register the op and its backward with torch; return the function that goes through the doors."""
-        forward_op = _define(self.name, self.schema, self.launch, self.fake)
-        backward_op = _define(f"{self.name}_backward", self.backward_schema, self.backward, self.backward_fake)
+        forward_op = define(self.name, self.schema, self.launch, self.fake)
+        backward_op = define(f"{self.name}_backward", self.backward_schema, self.backward, self.backward_fake)
         torch.library.register_autograd(
             f"fusedact::{self.name}",
             lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
@@ -85,7 +85,7 @@ class Op:
             ctx.set_materialize_grads(False)
             return self._presented(output, ctx.options)
 
-        launch_backward = _on_device(self.backward)
+        launch_backward = on_device(self.backward)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             return self._gradients(ctx, dys, launch_backward)
@@ -119,16 +119,16 @@ class Op:
         return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True)) + others
 
 
-def _define(name: str, schema: str, launch: Callable, fake: Callable) -> Callable:
+def define(name: str, schema: str, launch: Callable, fake: Callable) -> Callable:
     qualified = f"fusedact::{name}"
     torch.library.define(qualified, schema)
     for device in ("cpu", "cuda"):  # a CPU tensor is for the interpreter
-        torch.library.impl(qualified, device, _without_none(_on_device(launch)))
+        torch.library.impl(qualified, device, _without_none(on_device(launch)))
     torch.library.register_fake(qualified, _without_none(fake))
     return getattr(torch.ops.fusedact, name).default
 
 
-def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """run, with its tensors' GPU made current: a launch goes to the current one."""
 
     def there(*args: Any) -> Any:

@@ -1,0 +1,154 @@
+"""Ops whose gradients are made with their value, while what both need is at hand.
+
+A loss knows its gradients but for dloss, the number that multiplies them all, which is 1 where `loss.backward()` was
+called. The first backward hands them over, multiplied in place by what dloss is on the device: the host does not look,
+and a 1 ends that launch at once. A second one (`retain_graph`) makes them anew.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedact import backend
+from fusedact.autograd.doors import define, differentiate, on_device
+from fusedact.backend import PLAIN
+
+
+@dataclass(frozen=True)
+class EarlyOp:
+    """A loss: its arguments are `tensors` tensors (or None), then options that a schema can carry.
+
+    The first `learned` of the tensors may want gradients. launch(*args, wanted) gives the loss, a number of one element
+    that its gradients must still be multiplied by, or None, and a gradient for each of the `learned`: None where it is
+    not wanted, and for all of them where `late_only(options)`. late(dloss, *args, wanted) gives the gradients for that
+    dloss. `composite(*args)` is the loss in torch's own operations.
+
+    schema and late_schema name the arguments before `wanted`. A registered op gives an empty tensor for each None.
+    """
+
+    name: str
+    tensors: int
+    learned: int
+    schema: str
+    launch: Callable[..., tuple[Any, ...]]
+    fake: Callable[..., tuple[Tensor | None, ...]]
+    late: Callable[..., tuple[Tensor | None, ...]]
+    composite: Callable[..., Tensor]
+    late_only: Callable[[tuple], bool]
+
+    def register(self) -> Callable[..., Tensor]:
+        """Register the op and its late gradients with torch; return the function that goes through the doors."""
+        gradients = ", ".join(["Tensor"] * self.learned)
+        schema = f"({self.schema}, bool[] wanted) -> (Tensor, Tensor, {gradients})"
+        forward_op = define(self.name, schema, self.launch, self.fake)
+        late_schema = f"(Tensor dloss, {self.schema}, bool[] wanted) -> " + f"({gradients})" * (self.learned > 1)
+        late_schema += gradients * (self.learned == 1)
+        late_op = define(f"{self.name}_late", late_schema, self._late_alone, self._late_fake)
+        torch.library.register_autograd(
+            f"fusedact::{self.name}",
+            lambda ctx, dloss, *_: (*self._registered_gradients(ctx, dloss, late_op), None),
+            setup_context=self._save,
+        )
+        apply = backend.apply_of(self._function())
+        count, learned, launch = self.tensors, self.learned, self.launch
+
+        def through_a_door(*args: Any) -> Any:
+            if backend.transforming():
+                return self.composite(*args)
+            recording = torch.is_grad_enabled()
+            wanted = [recording and t is not None and t.requires_grad for t in args[:learned]]
+            plain = not (torch.compiler.is_dynamo_compiling() or backend.dispatching())
+            if not plain or not all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in args[:count]):
+                return forward_op(*args, wanted)[0]
+            if backend.elsewhere(args[0]):
+                with torch.cuda.device(args[0].device):
+                    return through_a_door(*args)
+            return apply(*args) if any(wanted) else launch(*args, wanted)[0]
+
+        return through_a_door
+
+    def _late_alone(self, *args: Any) -> Tensor | tuple[Tensor | None, ...]:
+        gradients = self.late(*args)
+        return gradients if self.learned > 1 else gradients[0]  # type: ignore[return-value]
+
+    def _late_fake(self, dloss: Tensor, *args: Any) -> Any:
+        likes = zip(args[: self.learned], args[-1], strict=True)
+        gradients = tuple(t.new_empty(t.shape) if want else None for t, want in likes)
+        return gradients if self.learned > 1 else gradients[0]
+
+    def _function(self) -> type[torch.autograd.Function]:
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            wanted = list(ctx.needs_input_grad[: self.learned])
+            loss, ctx.scale, *ctx.gradients = self.launch(*args, wanted)
+            ctx.options = args[self.tensors :]
+            ctx.save_for_backward(*args[: self.tensors])
+            ctx.set_materialize_grads(False)
+            return loss
+
+        late = on_device(self.late)
+
+        def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+            tensors, options = ctx.saved_tensors, ctx.options
+            wanted = list(ctx.needs_input_grad[: self.learned])
+            others = (None,) * (self.tensors - self.learned + len(options))
+            if dloss is None:
+                return (None,) * self.learned + others
+            dloss = dloss.resolve_neg()
+            if self._must_be_differentiable(dloss):
+                return self._differentiated(tensors, options, wanted, dloss) + others
+            held, ctx.gradients = ctx.gradients, None
+            if held is None or self.late_only(options):
+                return tuple(late(dloss, *tensors, *options, wanted)) + others
+            _multiply(held, dloss, ctx.scale)
+            return tuple(held) + others
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(self.name.title().replace("_", ""), (torch.autograd.Function,), methods)
+
+    def _must_be_differentiable(self, dloss: Tensor) -> bool:
+        """create_graph, or many gradients at once."""
+        return torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dloss)
+
+    def _differentiated(
+        self, tensors: Sequence[Tensor | None], options: tuple, wanted: list[bool], dloss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        others = [False] * (self.tensors - self.learned)
+        grads = differentiate(lambda *xs: self.composite(*xs, *options), tensors, wanted + others, (dloss,))
+        return grads[: self.learned]
+
+    def _save(self, ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        *args, ctx.wanted = inputs
+        ctx.options = tuple(args[self.tensors :])
+        ctx.save_for_backward(*args[: self.tensors], *output[1:])
+
+    def _registered_gradients(self, ctx: Any, dloss: Tensor, late_op: Callable) -> tuple[Tensor | None, ...]:
+        tensors, (scale, *gradients) = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
+        others = (None,) * (self.tensors - self.learned + len(ctx.options))
+        if self._must_be_differentiable(dloss):
+            return self._differentiated(tensors, ctx.options, ctx.wanted, dloss) + others
+        if self.late_only(ctx.options):
+            late = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
+            gradients = [late] if self.learned == 1 else list(late)
+        else:
+            factor = dloss * scale.view(()) if scale.numel() else dloss
+            gradients = [gradient * factor for gradient in gradients]
+        return tuple(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)) + others
+
+
+def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor, scale: Tensor | None) -> None:
+    """Each in place by dloss and scale; on a CPU only where these are not 1."""
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        if backend.uses_triton(gradient):
+            from fusedact.kernels import scale as kernel
+
+            with backend.on_device(gradient):
+                kernel.in_place(gradient, dloss, scale)
+        else:
+            factor = dloss if scale is None else dloss * scale.view(())
+            if gradient.is_cuda or factor != 1:
+                gradient.mul_(factor)
