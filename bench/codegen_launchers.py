@@ -18,6 +18,7 @@ from fusedact.kernels import (
     chain,
     elementwise,
     linear,
+    scale,
     training,
     training_layers,
     training_single,
@@ -166,6 +167,12 @@ def activation_backward(chip, p, *shape, activation="relu", slopes=None, channel
     act_grad = getattr(device, f"{activation}_grad")
     elementwise.backward(torch.empty_like(x), x, act_grad, act_params, slope, True, slope is not None, config)
     return Work(config, 3 * x.nbytes)
+
+
+def scale_in_place(chip, p, n):
+    x = p.empty(n)
+    scale.in_place(x, p.empty(1))
+    return Work(scale.tile(), 2 * x.nbytes)
 
 
 def training_tiny_train(chip, p, batch, *widths, rule="SGD", hidden="sigmoid", last="sigmoid", loss="PROBABILITIES"):

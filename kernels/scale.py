@@ -1,5 +1,7 @@
 """x times a number that is on the device, in place: one read and one write in one launch, or nothing where it is 1."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -7,8 +9,16 @@ from .launch import launch
 from .tiles import blocks_of, narrow
 from .workspace import accumulator, cdiv, wide
 
-BLOCK = 4096
 PROGRAMS = 2048  # that a launch which finds nothing to do has to begin and end
+
+
+class Tile(NamedTuple):
+    block: int
+    num_warps: int
+
+
+def tile() -> Tile:
+    return Tile(4096, 8)
 
 
 @triton.jit
@@ -34,13 +44,13 @@ def _scale_kernel(
 
 def in_place(x, factor, scale=None):
     """x, whose memory has no gaps, is multiplied by factor and by scale, numbers of one element. One launch."""
-    n = x.numel()
+    n, config = x.numel(), tile()
     if n == 0:
         return
     launch(
-        _scale_kernel, (min(PROGRAMS, cdiv(n, BLOCK)),),
+        _scale_kernel, (min(PROGRAMS, cdiv(n, config.block)),),
         x, factor, scale,
         n,
-        ACCUMULATOR=accumulator(wide(x.dtype)), EVEN=n % BLOCK == 0, BLOCK=BLOCK,
-        num_warps=8,
+        ACCUMULATOR=accumulator(wide(x.dtype)), EVEN=n % config.block == 0, BLOCK=config.block,
+        num_warps=config.num_warps,
     )  # fmt: skip
