@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import clamp, expm1, like, log1p, sigmoid, tanh
+from .tiles import clamp, expm1, like, log1p_exp, sigmoid, tanh
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -225,7 +225,7 @@ def relu6_grad(dy, y):
 @triton.jit
 def softplus(z, beta, limit):
     scaled = z * beta
-    stable = tl.maximum(scaled, 0.0) + log1p(tl.exp(-tl.abs(scaled)))
+    stable = tl.maximum(scaled, 0.0) + log1p_exp(scaled)
     return tl.where(scaled > limit, z, stable / beta)
 
 
@@ -241,7 +241,7 @@ def softplus_grad_from_output(dy, y, beta, limit):
 
 @triton.jit
 def logsigmoid(z):
-    return tl.minimum(z, 0.0) - log1p(tl.exp(-tl.abs(z)))
+    return tl.minimum(z, 0.0) - log1p_exp(z)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .activations import logsigmoid
 from .launch import launch
-from .tiles import blocks_of, is_last_program, like, log1p, narrow, ordered_sum, sigmoid
+from .tiles import is_last_program, like, log, log1m, log1p_exp, narrow, ordered_sum, sigmoid
 from .walks import load, walks
 from .workspace import accumulator, cdiv, tickets, wide
 
@@ -37,16 +37,20 @@ def tile(itemsize: int) -> Tile:
     return Tile(512 if itemsize == 8 else 2048, 4)
 
 
-# Formulas, term by term as torch has them, so that infinities come out as torch's
+# Formulas. In those of logits each term is infinite or NaN where torch's is
 
 
 @triton.jit
 def _logits_loss(x, t, p):
-    """(1 - t) x - ((p - 1) t + 1) log σ(x)"""
-    log_sigmoid = logsigmoid(x)
+    """(1 - t) x - w min(x, 0) + w log(1 + exp(-|x|)) with w = (p - 1) t + 1.
+
+    The first two cancel exactly where the answer is right, and what is left keeps its digits.
+    """
+    below, rest = tl.minimum(x, 0.0), log1p_exp(x)
     if p is not None:
-        log_sigmoid *= (p - 1.0) * t + 1.0
-    return (1.0 - t) * x - log_sigmoid
+        weight = (p - 1.0) * t + 1.0
+        below, rest = weight * below, weight * rest
+    return (1.0 - t) * x - below + rest
 
 
 @triton.jit
@@ -67,15 +71,24 @@ def _logits_target_grad(x, t, p):
 
 @triton.jit
 def _where_probable(x, t, value):
-    return tl.where((x >= 0) & (x <= 1) & (t >= 0) & (t <= 1), value, float("nan"))
+    """NaN where x or t is no number between 0 and 1."""
+    return tl.where((tl.minimum(x, 1.0 - x) >= 0) & (tl.minimum(t, 1.0 - t) >= 0), value, float("nan"))
+
+
+@triton.jit
+def _logs(x):
+    """log(1 - y) and log y of y = min(x, 1 - x); the latter is at 0 only known to be below -100."""
+    y = tl.minimum(x, 1.0 - x)
+    return log1m(y), log(y)
 
 
 @triton.jit
 def _probability_loss(x, t, p):
     """-t log x - (1 - t) log(1 - x), each logarithm at least -100."""
-    log_x = tl.maximum(tl.log(x), like(-100.0, x))
-    log_rest = tl.maximum(log1p(-x), like(-100.0, x))
-    return _where_probable(x, t, (t - 1.0) * log_rest - t * log_x)
+    near, far = _logs(x)
+    far = tl.maximum(far, like(-100.0, x))
+    share = tl.where(x < 0.5, t, 1.0 - t)  # that falls to the far one
+    return _where_probable(x, t, share * (near - far) - near)
 
 
 @triton.jit
@@ -85,7 +98,9 @@ def _probability_grad(x, t, p):
 
 @triton.jit
 def _probability_target_grad(x, t, p):
-    return _where_probable(x, t, log1p(-x) - tl.log(x))
+    near, far = _logs(x)
+    far = tl.where((x == 0) | (x == 1), like(-float("inf"), x), far)
+    return _where_probable(x, t, tl.where(x < 0.5, near - far, far - near))
 
 
 LOGITS = Loss(_logits_loss, _logits_grad, _logits_target_grad)
@@ -93,6 +108,21 @@ PROBABILITIES = Loss(_probability_loss, _probability_grad, _probability_target_g
 
 
 # Kernels
+
+
+@triton.jit
+def losses(ptrs, ways, offsets, mask, LOSS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """Of the elements at these offsets. ptrs, ways: of input, target, weight and pos_weight, the latter two or None."""
+    x = load(ptrs[0], ways[0], offsets, mask, ACCUMULATOR)
+    target = load(ptrs[1], ways[1], offsets, mask, ACCUMULATOR)
+    pos_weight = None
+    if ptrs[3] is not None:
+        pos_weight = load(ptrs[3], ways[3], offsets, mask, ACCUMULATOR)
+    if ptrs[2] is not None:
+        weight = load(ptrs[2], ways[2], offsets, mask, ACCUMULATOR)
+        return LOSS(x, target, pos_weight) * weight
+    else:
+        return LOSS(x, target, pos_weight)
 
 
 @triton.jit
@@ -119,21 +149,24 @@ def _forward_kernel(
 ):  # fmt: skip
     n = n // ALIGNED * ALIGNED  # the same number, known to the compiler as a multiple
     programs = tl.num_programs(0)
+    ptrs = (x_ptr, target_ptr, weight_ptr, pos_weight_ptr)
+    ways = (x_walk, target_walk, weight_walk, pos_weight_walk)
+    cols = tl.arange(0, BLOCK)
     loss_sum = tl.zeros((BLOCK,), ACCUMULATOR)
-    for block in range(tl.program_id(0), blocks_of(n, BLOCK), programs):
-        offsets = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
+    whole = n // BLOCK
+    if (tl.program_id(0) == whole % programs) & (n % BLOCK > 0):
+        offsets = tl.cast(whole, INDEX) * BLOCK + cols
         mask = offsets < n
-        x = load(x_ptr, x_walk, offsets, mask, ACCUMULATOR)
-        target = load(target_ptr, target_walk, offsets, mask, ACCUMULATOR)
-        pos_weight = None
-        if pos_weight_ptr is not None:
-            pos_weight = load(pos_weight_ptr, pos_weight_walk, offsets, mask, ACCUMULATOR)
-        loss = LOSS(x, target, pos_weight)
-        if weight_ptr is not None:
-            loss *= load(weight_ptr, weight_walk, offsets, mask, ACCUMULATOR)
+        loss = losses(ptrs, ways, offsets, mask, LOSS, ACCUMULATOR)
         if partial_ptr is None:
             tl.store(loss_ptr + offsets, narrow(loss, loss_ptr.dtype.element_ty), mask=mask)
         loss_sum += tl.where(mask, loss, 0.0)
+    for block in range(tl.program_id(0), whole, programs):
+        offsets = tl.cast(block, INDEX) * BLOCK + cols
+        loss = losses(ptrs, ways, offsets, tl.full((BLOCK,), True, tl.int1), LOSS, ACCUMULATOR)
+        if partial_ptr is None:
+            tl.store(loss_ptr + offsets, narrow(loss, loss_ptr.dtype.element_ty))
+        loss_sum += loss
 
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0), tl.sum(loss_sum, 0))

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from . import bce
 from .launch import launch
-from .tiles import log1p, narrow
-from .walks import load, walks
+from .tiles import exp_minus, log1p_exp, narrow
+from .walks import walks
 from .workspace import accumulator, cdiv, power_of_2
 
 
@@ -32,22 +32,15 @@ def tile(C: int, itemsize: int) -> Tile:
 
 
 @triton.jit
-def _log_sigmoids(x):
-    """log σ(x) and log σ(-x)."""
-    rest = log1p(tl.exp(-tl.abs(x)))
-    return tl.minimum(x, 0.0) - rest, tl.minimum(-x, 0.0) - rest
-
-
-@triton.jit
 def _loss(x, t, p):
-    positive, negative = _log_sigmoids(x)
-    return -(t * positive + (1.0 - t) * negative)
+    """(1 - t) max(x, 0) - t min(x, 0) + log(1 + exp(-|x|))"""
+    return (1.0 - t) * tl.maximum(x, 0.0) - t * tl.minimum(x, 0.0) + log1p_exp(x)
 
 
 @triton.jit
 def _grad(x, t, p):
     """(1 - t) σ(x) - t σ(-x), both of which are small without a cancellation."""
-    e = tl.exp(-tl.abs(x))
+    e = exp_minus(tl.abs(x))
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
     return (1.0 - t) * tl.where(x < 0, smaller, larger) - t * tl.where(x < 0, larger, smaller)
@@ -55,8 +48,7 @@ def _grad(x, t, p):
 
 @triton.jit
 def _target_grad(x, t, p):
-    positive, negative = _log_sigmoids(x)
-    return negative - positive
+    return -x
 
 
 SOFT_MARGIN = bce.Loss(_loss, _grad, _target_grad)
@@ -83,16 +75,18 @@ def _forward_kernel(
     rows = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
     mask_rows = rows < N
     loss_sum = tl.zeros((ROWS, LANES), ACCUMULATOR)
-    for first in range(0, C, LANES):
-        cols = first + tl.arange(0, LANES)
-        mask = mask_rows[:, None] & (cols < C)[None, :]
-        offsets = rows[:, None] * C + cols[None, :]
-        x = load(x_ptr, x_walk, offsets, mask, ACCUMULATOR)
-        target = load(target_ptr, target_walk, offsets, mask, ACCUMULATOR)
-        loss = _loss(x, target, None)
-        if weight_ptr is not None:
-            loss *= load(weight_ptr, weight_walk, offsets, mask, ACCUMULATOR)
+    ptrs = (x_ptr, target_ptr, weight_ptr, None)
+    ways = (x_walk, target_walk, weight_walk, None)
+    every = tl.broadcast_to(mask_rows[:, None], (ROWS, LANES))
+    whole = C // LANES * LANES
+    if whole < C:
+        cols = whole + tl.arange(0, LANES)
+        mask = every & (cols < C)[None, :]
+        loss = bce.losses(ptrs, ways, rows[:, None] * C + cols[None, :], mask, _loss, ACCUMULATOR)
         loss_sum += tl.where(mask, loss, 0.0)
+    for first in range(0, whole, LANES):
+        cols = first + tl.arange(0, LANES)
+        loss_sum += bce.losses(ptrs, ways, rows[:, None] * C + cols[None, :], every, _loss, ACCUMULATOR)
     loss = tl.sum(loss_sum, 1) / tl.cast(C, ACCUMULATOR)
     tl.store(loss_ptr + rows, narrow(loss, loss_ptr.dtype.element_ty), mask=mask_rows)
 

@@ -1,9 +1,11 @@
 """softmax, log-softmax and softmin along any dimension.
 
 A unit u is one tensor read or written. Forward reads x and writes y, 2u in one launch; backward reads y and dy and
-writes dx, 3u in one launch, and nothing but y is saved. Rows too wide for the registers are read twice, 3u forward
-and 5u backward (4u of log-softmax, whose row sum needs dy alone): their statistics are kept per lane, so that the
-loop has no reduction across lanes.
+writes dx, 3u in one launch, and nothing but y is saved. Rows too wide for the registers of two programs side by side
+are read twice: their statistics are kept per lane, so that the loop has no reduction across lanes. From memory they
+come once as long as the caches hold the rows on the way: few programs run side by side, and the second time a row is
+read from its end, of which most is still there. What the caches lose is 1u more forward and 2u backward (1u of
+log-softmax, whose row sum needs dy alone) at most.
 
 Rows are what remains of a tensor without its classes, at most three dimensions once those that follow each other in
 memory are one. A program takes a block of rows along the last of them, so that whichever is contiguous in memory, the
@@ -22,7 +24,9 @@ from .launch import launch
 from .tiles import LOG2_E, blocks_of, narrow
 from .workspace import accumulator, cdiv, collapse, power_of_2
 
-IN_REGISTERS = {4: 32768, 8: 4096}  # elements of a program's tensors, by the accumulator's bytes
+IN_REGISTERS = {4: 16384, 8: 4096}  # elements of a program's tensors, by the accumulator's bytes
+TWO_IN_CACHE = 32768  # elements up to which two programs to a multiprocessor find theirs in the caches again
+FEW = 32  # classes that a thread takes one after another, of rows next to each other
 LINE = 128  # bytes, which a program reads along the rows at least, where they are what is contiguous
 
 
@@ -46,10 +50,16 @@ def tile(shape: tuple, strides: tuple, dim: int, itemsize: int, operands: int, w
     rows = after if after > 1 else before
     least = min(LINE // itemsize, power_of_2(rows)) if across else 1
     lanes = power_of_2(classes)
+    if across and itemsize == 4 and classes <= FEW and min(rows, before * after // 256) >= 1024:
+        return Tile(1024, 2, 128 // warp_size)
     if least * lanes > (elements // 2 if across else elements):
-        threads = max(128, elements // 64)
-        return Tile(least, 8 * threads // least, threads // warp_size)
-    enough = max(1, 2048 // lanes)
+        if itemsize == 8:
+            return Tile(least, 1024 // least, 128 // warp_size)
+        threads = 512 if operands * least * lanes <= TWO_IN_CACHE else 1024
+        return Tile(least, 16 * threads // least, threads // warp_size)
+    enough = max(
+        1, min(elements, 4096 if lanes > 256 else 2048) // lanes
+    )  # more where several warps share a row's sums
     if 4 * rows < enough:
         rows = max(before, after)
     rows = max(least, min(enough, power_of_2(rows)))
@@ -98,9 +108,9 @@ def _classes(first, strides, LANES: tl.constexpr, ALONG_CLASSES: tl.constexpr, A
 
 
 @triton.jit
-def _load(ptrs, mask, dtype: tl.constexpr, NEGATE: tl.constexpr, ACCUMULATOR: tl.constexpr):
+def _load(ptrs, mask, dtype: tl.constexpr, NEGATE: tl.constexpr, ACCUMULATOR: tl.constexpr, EVICTION: tl.constexpr):
     """x or -x, first rounded to the dtype asked for, as torch does it; -inf beyond the edge."""
-    x = tl.load(ptrs, mask=mask, other=float("inf") if NEGATE else -float("inf"))
+    x = tl.load(ptrs, mask=mask, other=float("inf") if NEGATE else -float("inf"), eviction_policy=EVICTION)
     if x.dtype != dtype:
         if dtype != tl.float64:
             x = narrow(x.to(tl.float32), dtype)
@@ -157,22 +167,23 @@ def _forward_kernel(
         for first in range(0, C, LANES):
             mask = _mask(rows, R, first + cols, C, ROWS)
             ptrs = x_ptrs + _classes(first, x_strides, LANES, ALONG_CLASSES, ALIGNED)
-            x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR)
-            e = _exp(-tl.abs(x - m))
+            x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR, "evict_last")
+            e = tl.exp2(tl.abs(x - m) * -LOG2_E)
             s = tl.where(x > m, s * e + 1.0, s + e)
             m = tl.maximum(m, x)
         row_m = tl.max(m, 1)[:, None]
         row_s = tl.sum(s * _exp(m - row_m), 1)[:, None]
-        for first in range(0, C, LANES):
+        for past in range(blocks_of(C, LANES)):
+            first = (blocks_of(C, LANES) - 1 - past) * LANES
             mask = _mask(rows, R, first + cols, C, ROWS)
             ptrs = x_ptrs + _classes(first, x_strides, LANES, ALONG_CLASSES, ALIGNED)
-            x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR)
+            x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR, "evict_first")
             ptrs = y_ptrs + _classes(first, y_strides, LANES, ALONG_CLASSES, ALIGNED)
             _store_result(ptrs, mask, x, row_m, row_s, LOG)
     else:
         mask = _mask(rows, R, cols, C, ROWS)
         ptrs = x_ptrs + _classes(0, x_strides, LANES, ALONG_CLASSES, ALIGNED)
-        x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR)
+        x = _load(ptrs, mask, dtype, NEGATE, ACCUMULATOR, "")
         m = tl.max(x, 1)[:, None]
         s = tl.sum(_exp(x - m), 1)[:, None]
         ptrs = y_ptrs + _classes(0, y_strides, LANES, ALONG_CLASSES, ALIGNED)
@@ -226,18 +237,19 @@ def _backward_kernel(
         for first in range(0, C, LANES):
             mask = _mask(rows, R, first + cols, C, ROWS)
             ptrs = dy_ptrs + _classes(first, dy_strides, LANES, ALONG_CLASSES, ALIGNED)
-            summand = tl.load(ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
+            summand = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACCUMULATOR)
             if not LOG:
                 ptrs = y_ptrs + _classes(first, y_strides, LANES, ALONG_CLASSES, ALIGNED)
-                summand *= tl.load(ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
+                summand *= tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACCUMULATOR)
             totals += summand
         total = tl.sum(totals, 1)[:, None]
-        for first in range(0, C, LANES):
+        for past in range(blocks_of(C, LANES)):
+            first = (blocks_of(C, LANES) - 1 - past) * LANES
             mask = _mask(rows, R, first + cols, C, ROWS)
             ptrs = dy_ptrs + _classes(first, dy_strides, LANES, ALONG_CLASSES, ALIGNED)
-            dy = tl.load(ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
+            dy = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACCUMULATOR)
             ptrs = y_ptrs + _classes(first, y_strides, LANES, ALONG_CLASSES, ALIGNED)
-            y = tl.load(ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
+            y = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACCUMULATOR)
             ptrs = dx_ptrs + _classes(first, dx_strides, LANES, ALONG_CLASSES, ALIGNED)
             _store_gradient(ptrs, mask, dy, y, total, LOG, NEGATE)
     else:

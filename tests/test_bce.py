@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedact
 from fusedact import functional as F
-from fusedact.kernels import bce
+from fusedact.kernels import bce, tiles
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -131,7 +133,7 @@ def test_far_out_as_torch(target, pos_weight, device):
 @pytest.mark.parametrize("target", [0.0, 1.0, 0.5])
 def test_at_the_ends_as_torch(target, dtype, device):
     """Logarithms are clamped at -100 in the loss, the denominator at 1e-12 in its gradient, nothing in the target's."""
-    points = [0.0, -0.0, 1.0, 0.5, 1e-45, 1e-30, 1e-12, 1e-6, 1 - 2**-24, 1 - 1e-6]
+    points = [0.0, -0.0, 1.0, 0.5, 1e-45, 1e-40, 1e-30, 1e-12, 1e-6, 1 - 2**-24, 1 - 1e-6]
     x = torch.tensor(points, device=device, dtype=dtype, requires_grad=True)
     results = []
     for function in both(PROBABILITIES):
@@ -140,6 +142,61 @@ def test_at_the_ends_as_torch(target, dtype, device):
         results.append((value, *torch.autograd.grad(value.sum(), (x, t))))
     for ours, stock in zip(*results, strict=True):
         torch.testing.assert_close(ours, stock, rtol=2e-6, atol=1e-6)
+
+
+# What is left where the answer is right
+
+
+@triton.jit
+def _apply_kernel(x_ptr, y_ptr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, FUNCTION(tl.load(x_ptr + offsets)))
+
+
+@pytest.mark.parametrize(
+    ("function", "stock", "end", "most"),
+    [
+        (tiles.log1p, torch.log1p, 1.0, 2e-7),
+        (tiles.log1m, lambda x: torch.log1p(-x), 0.5, 2e-7),
+        (tiles.log, torch.log, 0.5, 4e-7),
+    ],
+    ids=["log1p", "log1m", "log"],
+)
+def test_logarithms(function, stock, end, most, device):
+    """To a few roundings of their own size, denormal numbers included; NaN stays NaN."""
+    near = torch.logspace(-45, 0, 30_000, dtype=torch.float64)
+    x = torch.cat([near, torch.linspace(0, 1, 35_000, dtype=torch.float64), torch.tensor([0.0, 1.0, math.nan])])
+    x = torch.cat([x, x.new_ones(2**16 - len(x))]).mul(end).to(device, torch.float32)
+    y = torch.empty_like(x)
+    _apply_kernel[(4,)](x, y, function, BLOCK=2**14)
+    truth = stock(x.double())
+    finite = truth.isfinite()
+    assert ((y - truth).abs()[finite] <= most * truth.abs()[finite] + 1e-45).all()
+    assert torch.equal(y.isnan(), truth.isnan()) and (y[truth.isinf()] < -104).all()
+
+
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_right_answer_keeps_its_digits(dtype, target, pos_weight, device):
+    """exp(-|x|) errs by |x| roundings; nothing cancels on top of that."""
+    magnitude = torch.linspace(0, 80, 2001, dtype=dtype, device=device)
+    x = magnitude if target else -magnitude
+    weight = None if pos_weight is None else torch.tensor([pos_weight], dtype=dtype, device=device)
+    value = F.binary_cross_entropy_with_logits(x, torch.full_like(x, target), reduction="none", pos_weight=weight)
+    truth = torch.log1p(torch.exp(-magnitude.double())) * (pos_weight if target and pos_weight else 1.0)
+    assert ((value.double() - truth).abs() <= (4 + magnitude) * torch.finfo(dtype).eps * truth).all()
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("n", [4 * BLOCK - 1, 4 * BLOCK, 4 * BLOCK + 1, 5 * BLOCK + 3, 8 * BLOCK])
+def test_programs_of_several_blocks(n, reduction, loss, device, loss_as_accurate_as_torch, monkeypatch):
+    """Whole blocks first, and what is left of one by the program whose turn it is; the same in every run."""
+    monkeypatch.setattr(bce, "PROGRAMS", 4)
+    x, target = inputs(loss, (n,), torch.float32, device)
+    loss_as_accurate_as_torch(*both(loss), x, target, reduction=reduction)
+    assert torch.equal(*(both(loss)[0](x, target, reduction=reduction) for _ in range(2)))
 
 
 BAD = [-0.1, 1.1, math.inf, -math.inf, math.nan]

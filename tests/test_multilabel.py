@@ -90,6 +90,15 @@ def test_far_out_as_torch(target, device):
         torch.testing.assert_close(one, other, equal_nan=True, rtol=2e-6, atol=1e-20)
 
 
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_a_right_answer_keeps_its_digits(target, device):
+    magnitude = torch.linspace(0, 80, 2001, device=device)
+    x = (magnitude if target else -magnitude)[:, None]
+    value = ours(x, torch.full_like(x, target), reduction="none")
+    truth = torch.log1p(torch.exp(-magnitude.double()))
+    assert ((value.double() - truth).abs() <= (4 + magnitude) * 2**-23 * truth).all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0,)], ids=str)
 def test_empty(shape, reduction, device):

@@ -92,6 +92,32 @@ def test_wider_than_the_registers(shape, dim, dtype, kind, device, as_accurate_a
 
 
 @each_kind
+@pytest.mark.parametrize("classes", [1, 2, 21, 32])
+def test_few_classes_of_many_rows(classes, kind, device, as_accurate_as_torch):
+    """A thread takes them one after another, whatever rows are left over."""
+    config = kernels.tile((16, classes, 65536), (classes * 65536, 65536, 1), 1, 4, 1, 32)
+    assert config.lanes == 2 and config.rows == 1024
+    x, dy = (drawn((2, classes, 1030), seed).to(device, torch.bfloat16) for seed in (0, 1))
+    log, negate = kind == "log_softmax", kind == "softmin"
+    stock, stock_dx = run(both(kind)[1], x, 1, dy)
+    truth, truth_dx = run(both(kind)[1], x.cpu().double(), 1, dy)
+    as_accurate_as_torch(kernels.forward(x, 1, x.dtype, log, negate, config), stock, truth)
+    as_accurate_as_torch(kernels.backward(dy, stock.detach(), 1, x.dtype, log, negate, config), stock_dx, truth_dx)
+
+
+@pytest.mark.parametrize("operands", [1, 2])
+@pytest.mark.parametrize("classes", [1000, 8192, 16384, 32768, 65536, 131072])
+def test_two_programs_side_by_side_or_rows_that_the_cache_holds(classes, operands):
+    """In the registers no more than a quarter of a multiprocessor's; of what is read twice few rows on the way."""
+    config = kernels.tile((4096, classes), (classes, 1), 1, 4, operands, 32)
+    threads = 32 * config.num_warps
+    if config.lanes >= classes:
+        assert operands * config.rows * config.lanes * 4 <= 64 * 1024 and threads <= 512
+    else:
+        assert config.lanes == 16 * threads and threads == (512 if operands * classes <= 32768 else 1024)
+
+
+@each_kind
 @each_dtype
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "dim"), [((5, 12), 1), ((2, 9, 33), 1)], ids=str)
