@@ -1,7 +1,7 @@
 """Loss and gradient of logits in one launch, for a gradient that comes back as 1.
 
-A unit u is one read of the logits. A row that the registers hold is read once: 2u, of 3u in two launches. A wider one
-is read twice, the second time from the L2 cache, where so few rows are on their way that they stay there: of the
+A unit u is one read of the logits. A row of up to 8,192 classes stays in registers: 2u, of 3u in two launches. A wider
+one is read twice, the second time from the L2 cache, where so few rows are on their way that they stay there: of the
 H200's 50 MB two thirds, 132 rows of 256 KB. Float32 rows of more than 65,536 classes are more than that: up to 3u.
 """
 
@@ -31,7 +31,7 @@ from .launch import launch
 from .tiles import LOG2_E, blocks_of, finite_or_0, narrow, store_reduced
 from .workspace import accumulator, around_classes, cdiv, power_of_2, row_strides, tickets, wide
 
-WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 32,768 for the narrower types
+WIDEST = {8: 4096}  # classes held in registers, by the logits' bytes; 8,192 for the narrower types
 IN_CACHE = 34 * 2**20  # bytes of rows that are read a second time from the L2 cache
 PROGRAMS = 1024  # partial sums that one program can add in one tile
 
@@ -51,13 +51,17 @@ def gradient_tile(
     """As cross_entropy.tile, and how many programs share these rows: those that a chip holds at once.
 
     Every program adds up all that a mean divides by, so short rows are many to a program, a warp or less to each.
+
+    One row of 32,768 classes in registers would fill a multiprocessor, which then loads, adds up or writes, one after
+    the other: up to twice the time of its bytes by the model of bench/codegen.py. So from 8,192 classes on a row is
+    read again, from the cache, by programs of which four are there at once while their rows fit it.
     """
     elements, vector = (32 if itemsize < 8 else 16) // streams, 16 // itemsize
     columns = power_of_2(max(C, 16))
     threads, resident = 128, 5
     if after > 1:
         block, lanes, columns = rows_along(columns, after, elements, vector)
-    elif columns <= WIDEST.get(itemsize, 32768) // streams:
+    elif columns <= WIDEST.get(itemsize, 8192) // streams:
         lanes = max(min(columns // vector, warp_size), columns // elements)
         most = 128 if lanes > warp_size else 512
         threads = max(lanes, min(most, max(128, power_of_2(rows // multiprocessors) * lanes)))

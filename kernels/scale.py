@@ -1,4 +1,4 @@
-"""x times a number that is on the device, in place: one read and one write in one launch, or nothing where it is 1."""
+"""Tensors times a number of the device's, in place: each read and written once in one launch; nothing where it is 1."""
 
 from typing import NamedTuple
 
@@ -23,34 +23,53 @@ def tile() -> Tile:
 
 @triton.jit
 def _scale_kernel(
-    x_ptr,  # (n,)
+    x_ptr,  # (n_x,)
+    y_ptr,  # (n_y,) or None
+    z_ptr,  # (n_z,) or None
     factor_ptr,  # (1,)
     scale_ptr,  # (1,) or None
-    n,
+    n_x,
+    n_y,
+    n_z,
     ACCUMULATOR: tl.constexpr,
-    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(factor_ptr).to(ACCUMULATOR)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr).to(ACCUMULATOR)
     if factor != 1.0:
-        for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
-            offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = None if EVEN else offsets < n
-            x = tl.load(x_ptr + offsets, mask=mask)
-            tl.store(x_ptr + offsets, narrow(x.to(ACCUMULATOR) * factor, x.dtype), mask=mask)
+        _multiply(x_ptr, n_x, factor, BLOCK, EVEN)
+        if y_ptr is not None:
+            _multiply(y_ptr, n_y, factor, BLOCK, EVEN)
+        if z_ptr is not None:
+            _multiply(z_ptr, n_z, factor, BLOCK, EVEN)
 
 
-def in_place(x, factor, scale=None):
-    """x, whose memory has no gaps, is multiplied by factor and by scale, numbers of one element. One launch."""
-    n, config = x.numel(), tile()
-    if n == 0:
+@triton.jit
+def _multiply(x_ptr, n, factor, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
+        offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = None if EVEN else offsets < n
+        x = tl.load(x_ptr + offsets, mask=mask)
+        tl.store(x_ptr + offsets, narrow(x.to(factor.dtype) * factor, x.dtype), mask=mask)
+
+
+def in_place(tensors, factor, scale=None):
+    """One to three tensors, whose memory has no gaps, times factor and scale, numbers of one element. One launch.
+
+    In float64 are all of them or none.
+    """
+    tensors, config = [t for t in tensors if t.numel()], tile()
+    if not tensors:
         return
+    sizes = [t.numel() for t in tensors]
+    missing = 3 - len(tensors)
     launch(
-        _scale_kernel, (min(PROGRAMS, cdiv(n, config.block)),),
-        x, factor, scale,
-        n,
-        ACCUMULATOR=accumulator(wide(x.dtype)), EVEN=n % config.block == 0, BLOCK=config.block,
+        _scale_kernel, (min(PROGRAMS, cdiv(max(sizes), config.block)),),
+        *tensors, *[None] * missing, factor, scale,
+        *sizes, *[0] * missing,
+        ACCUMULATOR=accumulator(wide(tensors[0].dtype)),
+        BLOCK=config.block, EVEN=all(n % config.block == 0 for n in sizes),
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fusedact import backend
 from fusedact.autograd.doors import Op
+from fusedact.autograd.early import EarlyOp
 
 
 def _launch(
@@ -24,15 +25,20 @@ def _launch(
     from fusedact.kernels import cross_entropy
 
     options = label_smoothing, z_loss, softcap, return_lse
-    two_streams = target.is_floating_point() or (weight is not None and label_smoothing != 0)
     config = cross_entropy.tile(
         logits.shape[min(1, logits.dim() - 1)],
         cross_entropy.rows_after(logits),
         logits.element_size(),
-        2 ** (two_streams + (softcap != 0)),
+        streams(target, weight, label_smoothing, softcap),
         backend.chip(logits.device).warp_size,
     )
     return cross_entropy.forward(logits, target, weight, sample_weight, ignore_index, reduction, *options, config, save)
+
+
+def streams(target: Tensor, weight: Tensor | None, label_smoothing: float, softcap: float) -> int:
+    """How many numbers a logit takes registers for."""
+    two = target.is_floating_point() or (weight is not None and label_smoothing != 0)
+    return 2 ** (two + (softcap != 0))
 
 
 def _fake(
@@ -161,4 +167,47 @@ cross_entropy = Op(
     composite=cross_entropy_formula,
     results=lambda options: 2 if options[5] else 1,
     most_results=2,
+).register()
+
+
+def _early_launch(
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int,
+    reduction: str, label_smoothing: float, z_loss: float, softcap: float, wanted: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    from fusedact.kernels import cross_entropy
+
+    tensors, options = (logits, target, weight, sample_weight), (label_smoothing, z_loss, softcap)
+    if not any(wanted):
+        return _launch(*tensors, ignore_index, reduction, *options, False, False)[0], None, None
+    classes = logits.shape[min(1, logits.dim() - 1)]
+    config = cross_entropy.gradient_tile(
+        classes,
+        logits.numel() // classes,
+        logits.element_size(),
+        streams(target, weight, label_smoothing, softcap),
+        backend.chip(logits.device).warp_size,
+        backend.chip(logits.device).multiprocessors,
+        cross_entropy.rows_after(logits),
+    )
+    loss, dx = cross_entropy.forward_with_gradient(*tensors, ignore_index, reduction, *options, config)
+    return loss, None, dx
+
+
+def _early_fake(logits, *others):
+    (want,) = others[-1]
+    return logits.new_empty(()), None, logits.new_empty(logits.shape) if want else None
+
+
+def _early_formula(*args):
+    return cross_entropy_formula(*args, False)
+
+
+cross_entropy_early = EarlyOp(
+    name="cross_entropy_early",
+    tensors=4,
+    learned=1,
+    schema=f"{_TENSORS}, {_OPTIONS.removesuffix(', bool return_lse')}",
+    launch=_early_launch,
+    fake=_early_fake,
+    composite=_early_formula,
 ).register()

@@ -2,7 +2,7 @@
 
 A loss knows its gradients but for dloss, the number that multiplies them all, which is 1 where `loss.backward()` was
 called. The first backward hands them over, multiplied in place by what dloss is on the device: the host does not look,
-and a 1 ends that launch at once. A second one (`retain_graph`) makes them anew.
+and a 1 ends that launch at once. A second one (`retain_graph`) makes them anew, bit by bit the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ class EarlyOp:
 
     The first `learned` of the tensors may want gradients. launch(*args, wanted) gives the loss, a number of one element
     that its gradients must still be multiplied by, or None, and a gradient for each of the `learned`: None where it is
-    not wanted, and for all of them where `late_only(options)`. late(dloss, *args, wanted) gives the gradients for that
-    dloss. `composite(*args)` is the loss in torch's own operations.
+    not wanted, and for all of them where `late_only(options)`: there late(dloss, *args, wanted) gives the gradients for
+    that dloss. `composite(*args)` is the loss in torch's own operations.
 
-    schema and late_schema name the arguments before `wanted`. A registered op gives an empty tensor for each None.
+    schema names the arguments before `wanted`. A registered op gives an empty tensor for each None.
     """
 
     name: str
@@ -35,18 +35,16 @@ class EarlyOp:
     schema: str
     launch: Callable[..., tuple[Any, ...]]
     fake: Callable[..., tuple[Tensor | None, ...]]
-    late: Callable[..., tuple[Tensor | None, ...]]
     composite: Callable[..., Tensor]
-    late_only: Callable[[tuple], bool]
+    late: Callable[..., tuple[Tensor | None, ...]] | None = None
+    late_only: Callable[[tuple], bool] = lambda options: False
 
     def register(self) -> Callable[..., Tensor]:
         """Register the op and its late gradients with torch; return the function that goes through the doors."""
         gradients = ", ".join(["Tensor"] * self.learned)
         schema = f"({self.schema}, bool[] wanted) -> (Tensor, Tensor, {gradients})"
         forward_op = define(self.name, schema, self.launch, self.fake)
-        late_schema = f"(Tensor dloss, {self.schema}, bool[] wanted) -> " + f"({gradients})" * (self.learned > 1)
-        late_schema += gradients * (self.learned == 1)
-        late_op = define(f"{self.name}_late", late_schema, self._late_alone, self._late_fake)
+        late_op = self._late_op(self.late, gradients) if self.late else None
         torch.library.register_autograd(
             f"fusedact::{self.name}",
             lambda ctx, dloss, *_: (*self._registered_gradients(ctx, dloss, late_op), None),
@@ -70,14 +68,13 @@ class EarlyOp:
 
         return through_a_door
 
-    def _late_alone(self, *args: Any) -> Tensor | tuple[Tensor | None, ...]:
-        gradients = self.late(*args)
-        return gradients if self.learned > 1 else gradients[0]  # type: ignore[return-value]
+    def _late_op(self, late: Callable, gradients: str) -> Callable:
+        schema = f"(Tensor dloss, {self.schema}, bool[] wanted) -> ({gradients})"
+        return define(f"{self.name}_late", schema, late, self._late_fake)
 
-    def _late_fake(self, dloss: Tensor, *args: Any) -> Any:
+    def _late_fake(self, dloss: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         likes = zip(args[: self.learned], args[-1], strict=True)
-        gradients = tuple(t.new_empty(t.shape) if want else None for t, want in likes)
-        return gradients if self.learned > 1 else gradients[0]
+        return tuple(t.new_empty(t.shape) if want else None for t, want in likes)
 
     def _function(self) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Tensor:
@@ -88,7 +85,8 @@ class EarlyOp:
             ctx.set_materialize_grads(False)
             return loss
 
-        late = on_device(self.late)
+        launch = on_device(self.launch)
+        late = on_device(self.late) if self.late else None
 
         def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
             tensors, options = ctx.saved_tensors, ctx.options
@@ -99,9 +97,11 @@ class EarlyOp:
             dloss = dloss.resolve_neg()
             if self._must_be_differentiable(dloss):
                 return self._differentiated(tensors, options, wanted, dloss) + others
-            held, ctx.gradients = ctx.gradients, None
-            if held is None or self.late_only(options):
+            if late is not None and self.late_only(options):
                 return tuple(late(dloss, *tensors, *options, wanted)) + others
+            held, ctx.gradients = ctx.gradients, None
+            if held is None:
+                held = launch(*tensors, *options, wanted)[2:]
             _multiply(held, dloss, ctx.scale)
             return tuple(held) + others
 
@@ -124,14 +124,13 @@ class EarlyOp:
         ctx.options = tuple(args[self.tensors :])
         ctx.save_for_backward(*args[: self.tensors], *output[1:])
 
-    def _registered_gradients(self, ctx: Any, dloss: Tensor, late_op: Callable) -> tuple[Tensor | None, ...]:
+    def _registered_gradients(self, ctx: Any, dloss: Tensor, late_op: Callable | None) -> tuple[Tensor | None, ...]:
         tensors, (scale, *gradients) = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
         others = (None,) * (self.tensors - self.learned + len(ctx.options))
         if self._must_be_differentiable(dloss):
             return self._differentiated(tensors, ctx.options, ctx.wanted, dloss) + others
-        if self.late_only(ctx.options):
-            late = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
-            gradients = [late] if self.learned == 1 else list(late)
+        if late_op is not None and self.late_only(ctx.options):
+            gradients = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
         else:
             factor = dloss * scale.view(()) if scale.numel() else dloss
             gradients = [gradient * factor for gradient in gradients]
@@ -140,15 +139,14 @@ class EarlyOp:
 
 def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor, scale: Tensor | None) -> None:
     """Each in place by dloss and scale; on a CPU only where these are not 1."""
-    for gradient in gradients:
-        if gradient is None:
-            continue
-        if backend.uses_triton(gradient):
-            from fusedact.kernels import scale as kernel
+    held = [gradient for gradient in gradients if gradient is not None]
+    if backend.uses_triton(held[0]):
+        from fusedact.kernels import scale as kernel
 
-            with backend.on_device(gradient):
-                kernel.in_place(gradient, dloss, scale)
-        else:
-            factor = dloss if scale is None else dloss * scale.view(())
-            if gradient.is_cuda or factor != 1:
+        with backend.on_device(held[0]):
+            kernel.in_place(held, dloss, scale)
+    else:
+        factor = dloss if scale is None else dloss * scale.view(())
+        if held[0].is_cuda or factor != 1:
+            for gradient in held:
                 gradient.mul_(factor)

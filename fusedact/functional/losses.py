@@ -15,14 +15,14 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
     ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, *,
     z_loss: float = 0.0, softcap: float | None = None, sample_weight: Tensor | None = None,
-    return_lse: Literal[False] = False,
+    return_lse: Literal[False] = False, grad_in_forward: bool = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
     ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, *,
     z_loss: float = 0.0, softcap: float | None = None, sample_weight: Tensor | None = None,
-    return_lse: bool,
+    return_lse: bool, grad_in_forward: bool = False,
 ) -> Any: ...  # fmt: skip
 def cross_entropy(
     input: Tensor,
@@ -38,6 +38,7 @@ def cross_entropy(
     softcap: float | None = None,
     sample_weight: Tensor | None = None,
     return_lse: bool = False,
+    grad_in_forward: bool = False,
 ) -> Any:
     """-log softmax(input) at a class, or against probabilities, in one launch where Triton runs.
 
@@ -49,28 +50,33 @@ def cross_entropy(
     Beyond torch: `softcap` c puts c tanh(input / c) in the logits' place; `z_loss` z adds z lse² to the loss of each
     row that counts, where lse is the row's log-sum-exp; `sample_weight`, as input without C, multiplies each row's
     loss, and a mean is the weighted one: it divides by the sum of the rows' weights; `return_lse` gives (loss, lse),
-    both differentiable, lse as input without C in float32 (float64 of float64).
+    both differentiable, lse as input without C in float32 (float64 of float64). `grad_in_forward` makes the gradient
+    of the logits with the loss where a gradient is wanted, the logits then being read once instead of twice; it pays
+    where the loss's own gradient will be 1, as it is after `loss.backward()`, and costs a read and a write of the
+    gradient more where it is not (a scaled or averaged loss). Only a mean or a sum, without return_lse, not in float16.
 
     Raises torch.nn.functional.cross_entropy's errors, and ValueError for a negative z_loss, a softcap that is not
     positive, and a sample_weight of another shape. Source: torch.nn.functional.cross_entropy.
     """
     extended = return_lse or softcap is not None or sample_weight is not None or z_loss != 0.0
     if extended:
-        _check_extensions(input, z_loss, softcap, sample_weight)
+        check_extensions(input, z_loss, softcap, sample_weight)
     fused = on_triton(input, target, weight, sample_weight)
     if (fused or extended) and backend.autocast_dtype(input) is not None:
         input, target = cast(input, torch.float32), cast(target, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
     fused = fused and _class_loss_fits(input, target, weight, ignore_index) and 0.0 <= label_smoothing <= 1.0
-    fused = fused and not _wants_gradient(weight, sample_weight)
+    fused = fused and not wants_gradient(weight, sample_weight)
     if not (fused or extended):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     reduction = checked_reduction(size_average, reduce, reduction)
     if fused and not target.is_floating_point() and backend.looks_at_values(target):
-        _check_classes(target, ignore_index, input.shape[class_dim(input)])
+        check_classes(target, ignore_index, input.shape[class_dim(input)])
     op = autograd.cross_entropy if fused else autograd.cross_entropy_formula
-    options = float(label_smoothing), float(z_loss), float(softcap or 0.0), return_lse
-    return op(input, target, weight, sample_weight, ignore_index, reduction, *options)
+    options = float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    if grad_in_forward and fused and reduction != "none" and not return_lse and _knows_its_gradient(input, target):
+        return autograd.cross_entropy_early(input, target, weight, sample_weight, ignore_index, reduction, *options)
+    return op(input, target, weight, sample_weight, ignore_index, reduction, *options, return_lse)
 
 
 def nll_loss(
@@ -94,16 +100,16 @@ def nll_loss(
     if fused and backend.autocast_dtype(input) is not None:
         input = cast(input, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
-    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and not _wants_gradient(weight)
+    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and not wants_gradient(weight)
     if not fused or target.is_floating_point():
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     reduction = checked_reduction(size_average, reduce, reduction)
     if backend.looks_at_values(target):
-        _check_classes(target, ignore_index, input.shape[class_dim(input)])
+        check_classes(target, ignore_index, input.shape[class_dim(input)])
     return autograd.nll_loss(input, target, weight, ignore_index, reduction)
 
 
-def _check_extensions(input: Tensor, z_loss: float, softcap: float | None, sample_weight: Tensor | None) -> None:
+def check_extensions(input: Tensor, z_loss: float, softcap: float | None, sample_weight: Tensor | None) -> None:
     if z_loss < 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
     if softcap is not None and not softcap > 0:
@@ -137,11 +143,20 @@ def _class_loss_fits(input: Tensor, target: Tensor, weight: Tensor | None, ignor
     return target.dtype == torch.int64 and target.shape == _rows_shape(input)
 
 
-def _wants_gradient(*weights: Tensor | None) -> bool:
+def _knows_its_gradient(input: Tensor, target: Tensor) -> bool:
+    """Whether the logits' gradient, wanted alone, can be made before dloss is known: float16 underflows undivided.
+
+    Where torch compiles, a product with dloss would be one more read and write.
+    """
+    compiling = torch.compiler.is_compiling() or backend.dispatching() or backend.transforming()
+    return wants_gradient(input) and not wants_gradient(target) and input.dtype != torch.float16 and not compiling
+
+
+def wants_gradient(*weights: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
 
 
-def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
+def check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
     """torch's own IndexError; on a CPU looking at the labels costs no synchronisation."""
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():

@@ -11,9 +11,9 @@ from fusedact import functional
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """log-softmax and negative log-likelihood in one launch; see functional.cross_entropy.
 
-    Arguments are torch's and, keyword-only, z_loss, softcap and return_lse; `forward` takes sample_weight as well.
-    Shapes: input (C), (N, C) or (N, C, d1, ...), target without C or, as probabilities, as input -> () or as input
-    without C. Source: torch.nn.CrossEntropyLoss.
+    Arguments are torch's and, keyword-only, z_loss, softcap, return_lse and grad_in_forward; `forward` takes
+    sample_weight as well. Shapes: input (C), (N, C) or (N, C, d1, ...), target without C or, as probabilities, as
+    input -> () or as input without C. Source: torch.nn.CrossEntropyLoss.
     """
 
     def __init__(
@@ -28,11 +28,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         return_lse: bool = False,
+        grad_in_forward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
         self.softcap = softcap
         self.return_lse = return_lse
+        self.grad_in_forward = grad_in_forward
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Any:
         return functional.cross_entropy(
@@ -46,6 +48,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             sample_weight=sample_weight,
             return_lse=self.return_lse,
+            grad_in_forward=self.grad_in_forward,
         )
 
 
