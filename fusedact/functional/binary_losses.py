@@ -28,8 +28,8 @@ def binary_cross_entropy_with_logits(
     reduction = resolved_reduction(size_average, reduce, reduction)
     if on_triton(input, target, weight, pos_weight):
         if backend.autocast_dtype(input) is not None:
-            input, target, weight, pos_weight = _float32(input, target, weight, pos_weight)
-        if _fits(input, target, reduction, weight, pos_weight):
+            input, target, weight, pos_weight = as_float32(input, target, weight, pos_weight)
+        if fits(input, target, reduction, weight, pos_weight):
             return autograd.bce_with_logits(input, target, weight, pos_weight, reduction)
     return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
 
@@ -56,8 +56,8 @@ def binary_cross_entropy(
         banned = False
         if backend.autocast_dtype(input) is not None:
             banned = input.is_cuda
-            input, target, weight = _float32(input, target, weight)
-        if not banned and _fits(input, target, reduction, weight):
+            input, target, weight = as_float32(input, target, weight)
+        if not banned and fits(input, target, reduction, weight):
             if backend.looks_at_values(input):
                 _check_probabilities(input=input, target=target)
             return autograd.binary_cross_entropy(input, target, weight, None, reduction)
@@ -82,17 +82,17 @@ def multilabel_soft_margin_loss(
     reduction = resolved_reduction(size_average, reduce, reduction)
     if on_triton(input, target, weight):
         if input.is_cuda and backend.autocast_dtype(input) is not None:  # where its sum runs in float32
-            input, target, weight = _float32(input, target, weight)
-        if input.dim() and input.shape[-1] and _fits(input, target, reduction, weight, integers=True):
+            input, target, weight = as_float32(input, target, weight)
+        if input.dim() and input.shape[-1] and fits(input, target, reduction, weight, integers=True):
             return autograd.multilabel_soft_margin(input, target, weight, None, reduction)
     return F.multilabel_soft_margin_loss(input, target, weight, reduction=reduction)
 
 
-def _float32(*tensors: Tensor | None) -> list:
+def as_float32(*tensors: Tensor | None) -> list:
     return [t if t is None else cast(t, torch.float32) for t in tensors]
 
 
-def _fits(x: Tensor, target: Tensor, reduction: str, *weights: Tensor | None, integers: bool = False) -> bool:
+def fits(x: Tensor, target: Tensor, reduction: str, *weights: Tensor | None, integers: bool = False) -> bool:
     """Whether a kernel takes these; torch answers for all others, or refuses them."""
     if x.dtype not in backend.KERNEL_DTYPES or reduction not in REDUCTIONS or target.shape != x.shape:
         return False
