@@ -15,8 +15,8 @@ from fusedact.activations import TABLE, by_name
 from fusedact.autograd.linear import plan_of
 from fusedact.cli import tuning
 from fusedact.tuning import Chip, Problem, candidates, choose, measure, prefers_stock, records
-from fusedact.tuning.candidates import LIBRARY
-from fusedact.tuning.measure import Found, Layer, tune
+from fusedact.tuning.candidates import HEAD, LIBRARY, RULE
+from fusedact.tuning.measure import Found, Layer, tune, tune_head
 from fusedact.tuning.records import FUSED, OP, STOCK, Machine, Record, why
 
 WAYS = {
@@ -108,6 +108,26 @@ def test_a_win_must_exceed_the_noise(second, choice):
     calls = {"ours": [ours], LIBRARY: [lambda: torch.ones(2)]}
     found = measure._measured(calls, None, LIBRARY, LIBRARY, timer, most=4)
     assert found.record == Record(choice, {"ours": 92.0, LIBRARY: 100.0})
+
+
+def head(chip: Chip, M=24, N=16, K=20, dtype=torch.float32) -> Problem:
+    return Problem(HEAD, M, N, K, dtype, "ieee", False, chip)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "rows"), [("rule", 0), ("2048 rows", 2048), ("torch", None)], ids=["rule", "chunks", "torch's"]
+)
+def test_the_rows_of_a_heads_chunk_are_chosen_and_held(chip, device, monkeypatch, fastest, rows):
+    asked = head(chip)
+    assert choose(*asked) == 0 and why(asked) == (RULE, "not measured")
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", object, raising=False)
+    ways = {name: lambda x, w, target: F.cross_entropy(F.linear(x, w), target) for name in candidates(asked)}
+    monkeypatch.setattr(
+        measure, "_wall", lambda calls: 50.0 if fastest != RULE and calls[0].args[0] is ways[fastest] else 100.0
+    )
+    found = tune_head(asked, torch.device(device), ways)
+    assert found.record.choice == fastest and set(found.record.microseconds) == set(candidates(asked))
+    assert choose(*asked) == rows and choose(*head(chip, M=64)) == 0
 
 
 def test_candidates_that_err_or_crash_are_left_out(chip, device, timed, monkeypatch):
@@ -239,6 +259,15 @@ def test_tune_shows_and_keeps_what_is_fastest(command, capsys):
     assert re.search(r"│ dw +│ library │ measured, µs: pointers 32x32x32 4 warps tf32", printed)
     assert re.search(r"│ whole +│ fused +│ measured, µs: stock 5.0, fused 5.0", printed)
     assert printed.splitlines()[-1] == str(command)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU takes the place of a GPU")
+def test_tune_of_a_head_alone(command, capsys):
+    tuning.tune(head=[(24, 30, 20)], dtype=["float32"], device=torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert "head 24x30x20 float32" in printed and printed.splitlines()[-1] == str(command)
+    assert re.search(r"│ head +│ rule +│ +4.0 │ +1.00 │ chosen │", printed)
+    assert "head float32 ieee 32x32x32" in command.read_text() and "op " not in command.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU takes the place of a GPU")

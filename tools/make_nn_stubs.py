@@ -22,6 +22,7 @@ STUBS = {
     PACKAGE / "__init__.pyi": (fusedact.nn, torch.nn),
     PACKAGE / "functional.pyi": (fusedact.functional, torch.nn.functional),
 }
+LINE = 120  # as ruff has it
 HEADER = "# Written by tools/make_nn_stubs.py from torch {version}: not by hand.\n"
 
 
@@ -76,10 +77,15 @@ def stub(ours: ModuleType, stock: ModuleType) -> str:
     sections: list[list[str]] = [[], [], []]
     for module, name in sorted(imports, key=_isort):
         section = ("typing", "torch", "fusedact").index(module.partition(".")[0])
-        sections[section].append(f"from {module} import {name}" + ("" if section == 0 else f" as {name}"))
+        sections[section].append(_import(module, name if section == 0 else f"{name} as {name}"))
     blocks = ["\n".join(section) for section in sections if section]
     blocks += ["\n".join(f"{name}: Any" for name in untyped)] if untyped else []
     return HEADER.format(version=torch.__version__.partition("+")[0]) + "\n" + "\n\n".join(blocks) + "\n"
+
+
+def _import(module: str, name: str) -> str:
+    line = f"from {module} import {name}"
+    return line if len(line) <= LINE else f"from {module} import (\n    {name},\n)"
 
 
 def _isort(item: tuple[str, str]) -> tuple:

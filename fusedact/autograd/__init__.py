@@ -8,8 +8,13 @@ from fusedact.autograd.chain import can_be_chained as can_be_chained
 from fusedact.autograd.chain import linear_chain as linear_chain
 from fusedact.autograd.convolution import conv2d_act as conv2d_act
 from fusedact.autograd.cross_entropy import cross_entropy as cross_entropy
+from fusedact.autograd.cross_entropy import cross_entropy_early as cross_entropy_early
 from fusedact.autograd.cross_entropy import cross_entropy_formula as cross_entropy_formula
 from fusedact.autograd.linear import linear_act as linear_act
 from fusedact.autograd.linear import prefers_stock as prefers_stock
+from fusedact.autograd.linear_bce import fits_in_registers as fits_in_registers
+from fusedact.autograd.linear_bce import linear_bce as linear_bce
+from fusedact.autograd.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from fusedact.autograd.linear_cross_entropy import measured_chunk as measured_chunk
 from fusedact.autograd.nll import nll_loss as nll_loss
 from fusedact.autograd.softmax import softmax as softmax

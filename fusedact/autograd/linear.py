@@ -48,15 +48,16 @@ def _kernels() -> Any:
     return linear
 
 
-def tile_for(task: str, a: Tensor, b: Tensor) -> Any:
-    """What takes the product of a (M, K) and bᵀ, b (N, K), for such a task."""
+def tile_for(task: str, a: Tensor, b: Tensor, library: bool = True) -> Any:
+    """What takes the product of a (M, K) and bᵀ, b (N, K), for such a task; the library only where that may be."""
     (M, K), N, dtype = a.shape, b.shape[0], a.dtype
     aligned = M * N * K >= LEAST_ALIGNED and _kernels().is_aligned(a) and _kernels().is_aligned(b)
     if M > TILED:  # up to whole tiles, so that sizes which change from step to step are not all looked at
         M = -(-M // TILED) * TILED
     if K > TILED:
         K = -(-K // TILED) * TILED
-    chip = backend.chip(a.device, backend.get_backend() == "auto")  # kernels asked for by name are all our own
+    library = library and backend.get_backend() == "auto"  # kernels asked for by name are all our own
+    chip = backend.chip(a.device, library)
     return choose(task, M, N, K, dtype, backend.dot_precision(dtype), aligned, chip)
 
 

@@ -3,7 +3,9 @@
 import importlib.metadata
 import platform
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +14,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 import fusedact
 from fusedact import autograd, backend
@@ -19,8 +22,8 @@ from fusedact.activations import TABLE, Activation, by_name
 from fusedact.autograd.linear import plan_of
 from fusedact.cli.options import console, implementation, reachable
 from fusedact.tuning import Chip, Problem
-from fusedact.tuning.candidates import LIBRARY
-from fusedact.tuning.measure import Found, Layer, Way
+from fusedact.tuning.candidates import HEAD, LIBRARY, RULE, candidates
+from fusedact.tuning.measure import Found, Layer, Way, tune_head
 from fusedact.tuning.measure import tune as tune_layer
 from fusedact.tuning.records import FUSED, OP, REFERENCE_CHIPS, STOCK, machine_of, path_of, why, write
 
@@ -85,6 +88,12 @@ Shapes = Annotated[
     list[Any] | None,
     typer.Option(parser=_sizes, metavar="MxNxK", help="Of x (M, K) and W (N, K); may recur."),
 ]
+Heads = Annotated[
+    list[Any] | None,
+    typer.Option(
+        parser=_sizes, metavar="MxNxK", help="Of heads: x (M, K), N classes; then --shape has no default. May recur."
+    ),
+]
 Dtypes = Annotated[
     list[Any] | None,
     typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; may recur."),
@@ -107,6 +116,7 @@ ChipName = Annotated[
 def tune(
     *,
     shape: Shapes = None,
+    head: Heads = None,
     dtype: Dtypes = None,
     activation: Epilogue = "relu",
     device: Gpu = "cuda",
@@ -115,19 +125,29 @@ def tune(
     """Measure what is fastest on this GPU, and keep it: from then on layers choose by it.
 
     For the forward and each product of the backward, also as a chain of layers takes it: our kernels and the
-    library's. Then the whole layer, fused and stock.
+    library's. Then the whole layer, fused and stock. For a head, linear_cross_entropy: the rows of a chunk, and torch's
+    own chunks where it has them.
     """
     torch.cuda.set_device(device)
     chip, act, path = backend.chip(device), by_name(activation), None
-    names, shapes = dtype or MEASURED, shape or SHAPES
+    names, shapes = dtype or MEASURED, shape or (() if head else SHAPES)
     layers = {f"{M}x{N}x{K} {name}": _layer((M, N, K), name, chip) for name in names for M, N, K in shapes}
+    heads = {f"head {M}x{N}x{K} {name}": _head((M, N, K), name, chip) for name in names for M, N, K in head or ()}
     with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(layers))
+        bar = progress.add_task("", total=len(layers) + len(heads))
         for title, layer in layers.items():
             found = _measured(title, layer, act, device, progress, bar)
             if not dry_run:
                 path = write(chip, {problem: one.record for problem, one in found.items()})
-            console.print(_table(title, layer, found))
+            console.print(_table(title, layer.problems(), found))
+            progress.advance(bar)
+        for title, problem in heads.items():
+            progress.update(bar, description=title)
+            with _no_fault_of_ours(title):
+                one = tune_head(problem, device, _head_ways(problem))
+            if not dry_run:
+                path = write(chip, {problem: one.record})
+            console.print(_table(title, {HEAD: problem}, {problem: one}))
             progress.advance(bar)
     if path is not None:
         print(path)
@@ -154,11 +174,40 @@ def info(*, linear: Linear = None, dtype: Dtype = "bfloat16", chip: ChipName = N
 
 
 def _layer(sizes: tuple[int, int, int], name: str, chip: Chip) -> Layer:
+    return Layer(*sizes, DTYPES[name], _precision(name), chip)
+
+
+def _head(sizes: tuple[int, int, int], name: str, chip: Chip) -> Problem:
+    return Problem(HEAD, *sizes, DTYPES[name], _precision(name), False, chip)
+
+
+def _precision(name: str) -> str:
     try:
-        precision = "tf32" if name == "tf32" else backend.dot_precision(DTYPES[name])
+        return "tf32" if name == "tf32" else backend.dot_precision(DTYPES[name])
     except ValueError as error:  # of FUSEDACT_FLOAT32
         raise typer.BadParameter(str(error)) from error
-    return Layer(*sizes, DTYPES[name], precision, chip)
+
+
+def _head_ways(head: Problem) -> dict[str, Way]:
+    def by_torch(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, w, target, options=torch.nn.LinearCrossEntropyOptions())
+
+    def by_chunks(rows: int, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return autograd.linear_cross_entropy(x, w, None, target, None, None, -100, "mean", 0.0, 0.0, 0.0, rows)
+
+    return {name: by_torch if rows is None else partial(by_chunks, rows) for name, rows in candidates(head).items()}
+
+
+@contextmanager
+def _no_fault_of_ours(title: str) -> Iterator[None]:
+    """A GPU's memory that is too small is the user's to know; so is what he interrupts himself."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise typer.BadParameter(f"{title}: {reason}") from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _measured(
@@ -171,25 +220,20 @@ def _measured(
         STOCK: lambda x, w, b: activation.reference(F.linear(x, w, b), *parameters),
         FUSED: lambda x, w, b: autograd.linear_act(x, w, b, None, activation.name, parameters),
     }
-    try:
+    with _no_fault_of_ours(title):
         return tune_layer(
             layer, activation, plan, device, ways, lambda what: progress.update(bar, description=f"{title}, {what}")
         )
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise typer.BadParameter(f"{title}: {reason}") from error
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
-def _table(title: str, layer: Layer, found: dict[Problem, Found]) -> Table:
+def _table(title: str, problems: dict[str, Problem], found: dict[Problem, Found]) -> Table:
     """Each problem's candidates, the fastest first, then those that were left out."""
-    table = Table("", "candidate", "µs", "library / this", "", title=title)
+    table = Table("", "candidate", "µs", "reference / this", "", title=title)
     table.columns[2].justify = table.columns[3].justify = "right"
-    for label, problem in layer.problems().items():
+    for label, problem in problems.items():
         record, left_out = found[problem]
         times = record.microseconds
-        reference = times[STOCK if problem.task == OP else LIBRARY]
+        reference = times[{OP: STOCK, HEAD: RULE}.get(problem.task, LIBRARY)]
         for name in sorted(times, key=times.__getitem__):
             mark = "chosen" if name == record.choice else ""
             table.add_row(label, name, f"{times[name]:,.1f}", f"{reference / times[name]:.2f}", mark)

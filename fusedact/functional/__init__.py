@@ -31,9 +31,13 @@ from fusedact.functional.activations import step as step
 from fusedact.functional.activations import tanh as tanh
 from fusedact.functional.activations import tanhshrink as tanhshrink
 from fusedact.functional.activations import threshold as threshold
+from fusedact.functional.binary_heads import (
+    linear_binary_cross_entropy_with_logits as linear_binary_cross_entropy_with_logits,
+)
 from fusedact.functional.binary_losses import binary_cross_entropy as binary_cross_entropy
 from fusedact.functional.binary_losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
+from fusedact.functional.heads import linear_cross_entropy as linear_cross_entropy
 from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
 from fusedact.functional.products import conv2d as conv2d
@@ -44,7 +48,10 @@ from fusedact.functional.softmaxes import softmax as softmax
 from fusedact.functional.softmaxes import softmin as softmin
 
 _TORCH = [name for name in dir(torch.nn.functional) if not name.startswith("__")]
-_BEYOND = {f.__name__ for f in (activate, linear_chain, squared_relu, step)}  # torch has none of that name
+_BEYOND = {  # torch has none of that name, or not in 2.11
+    f.__name__
+    for f in (activate, linear_binary_cross_entropy_with_logits, linear_chain, linear_cross_entropy, squared_relu, step)
+}
 __all__ = sorted({*_BEYOND, *(name for name in _TORCH if not name.startswith("_"))})
 
 

@@ -28,11 +28,13 @@ from fusedact.nn.activation import Step as Step
 from fusedact.nn.activation import Tanh as Tanh
 from fusedact.nn.activation import Tanhshrink as Tanhshrink
 from fusedact.nn.activation import Threshold as Threshold
+from fusedact.nn.binary_head import LinearBCEWithLogitsLoss as LinearBCEWithLogitsLoss
 from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
 from fusedact.nn.convolution import Conv2d as Conv2d
+from fusedact.nn.head import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fusedact.nn.loss import NLLLoss as NLLLoss
@@ -51,7 +53,8 @@ sys.modules.update(
 )
 
 _TORCH = [name for name in dir(torch.nn) if not name.startswith("_")]
-__all__ = sorted({*_TORCH, "BCEWithLogitsLoss", "CrossEntropyLoss", "Linear", "Sequential", "Step", "functional"})
+_BEYOND = {"LinearBCEWithLogitsLoss", "Step"}  # torch.nn has none of that name
+__all__ = sorted({*_TORCH, *_BEYOND})
 
 
 def __getattr__(name: str):

@@ -74,7 +74,6 @@ from torch.nn import LazyInstanceNorm1d as LazyInstanceNorm1d
 from torch.nn import LazyInstanceNorm2d as LazyInstanceNorm2d
 from torch.nn import LazyInstanceNorm3d as LazyInstanceNorm3d
 from torch.nn import LazyLinear as LazyLinear
-from torch.nn import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 from torch.nn import LocalResponseNorm as LocalResponseNorm
 from torch.nn import LPPool1d as LPPool1d
@@ -172,11 +171,13 @@ from fusedact.nn.activation import Step as Step
 from fusedact.nn.activation import Tanh as Tanh
 from fusedact.nn.activation import Tanhshrink as Tanhshrink
 from fusedact.nn.activation import Threshold as Threshold
+from fusedact.nn.binary_head import LinearBCEWithLogitsLoss as LinearBCEWithLogitsLoss
 from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
 from fusedact.nn.convolution import Conv2d as Conv2d
+from fusedact.nn.head import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fusedact.nn.loss import NLLLoss as NLLLoss

@@ -63,7 +63,6 @@ from torch.nn.functional import kl_div as kl_div
 from torch.nn.functional import l1_loss as l1_loss
 from torch.nn.functional import layer_norm as layer_norm
 from torch.nn.functional import leaky_relu_ as leaky_relu_
-from torch.nn.functional import linear_cross_entropy as linear_cross_entropy
 from torch.nn.functional import local_response_norm as local_response_norm
 from torch.nn.functional import lp_pool1d as lp_pool1d
 from torch.nn.functional import lp_pool2d as lp_pool2d
@@ -132,9 +131,13 @@ from fusedact.functional.activations import step as step
 from fusedact.functional.activations import tanh as tanh
 from fusedact.functional.activations import tanhshrink as tanhshrink
 from fusedact.functional.activations import threshold as threshold
+from fusedact.functional.binary_heads import (
+    linear_binary_cross_entropy_with_logits as linear_binary_cross_entropy_with_logits,
+)
 from fusedact.functional.binary_losses import binary_cross_entropy as binary_cross_entropy
 from fusedact.functional.binary_losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
+from fusedact.functional.heads import linear_cross_entropy as linear_cross_entropy
 from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
 from fusedact.functional.products import conv2d as conv2d

@@ -1,5 +1,6 @@
 """Which kernel takes a product: measured on this GPU where `fusedact tune` was run there, else by a written rule."""
 
+from fusedact.tuning.candidates import HEAD as HEAD
 from fusedact.tuning.candidates import LEAST_ALIGNED as LEAST_ALIGNED
 from fusedact.tuning.candidates import Chip as Chip
 from fusedact.tuning.candidates import Problem as Problem

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 LIBRARY = "library"
-# Of a product: with bias and activation after it; with the derivative of the layer before; bare. The passes over its
-# result that the library's product leaves to one more launch:
-PASSES = {"forward": 2, "backward": 3, "dx": 0, "dw": 0}
+# Of a product: with bias and activation after it; with the derivative of the layer before; bare; its rows' statistics
+# alone. The passes over its result that the library's product leaves to one more launch:
+PASSES = {"forward": 2, "backward": 3, "dx": 0, "dw": 0, "loss": 0}
+HEAD = "head"  # the task of a head with its loss, forward with backward: M rows, N classes, K features
+RULE, TORCH = "rule", "torch"  # its candidates: as the head itself shares its rows into chunks, torch's own chunks,
+CHUNKS = (1024, 2048, 4096)  # and so many rows
 LAUNCH_S = 2e-6
 LEAST_DESCRIBED = 2**30  # multiply-adds
 LEAST_ALIGNED = 2**24  # from which on the host's time to look whether operands are is worth it
@@ -125,11 +128,18 @@ TF32X3 = {
 }
 WIDEST_TF32X3_DESCRIBED = 128 * 64  # elements of a tile: a larger one takes more registers than a thread has
 WIDEST_BACKWARD_DESCRIBED = 128  # columns, for the same reason
+LEAST_BLOCK_K_OF_LOSS = 32  # of three tf32 products; a smaller one spills there
 SPECIALIZED = (Shape(128, 256, 64, 4, 0.96), Shape(128, 128, 64, 4, 0.90), Shape(64, 128, 64, 4, 0.70))
 
 
 def candidates(problem: Problem) -> dict[str, Any]:
-    """Every way to take this product, by name; the library's is None."""
+    """Every way to take this product, by name; the library's is None.
+
+    Of a head, the rows of a chunk, 0 by rule, None in torch's own way, which not every torch has.
+    """
+    if problem.task == HEAD:
+        own = {RULE: 0} | {f"{rows} rows": rows for rows in CHUNKS}
+        return own | ({TORCH: None} if hasattr(torch.nn, "LinearCrossEntropyOptions") else {})
     return {_name(tile): tile for tile, _ in _tiles(problem)} | ({LIBRARY: None} if problem.chip.library else {})
 
 
@@ -148,6 +158,8 @@ def _tiles(problem: Problem) -> Iterator[tuple[Any, float]]:
         yield from _fitted(problem, shape, "ieee" if precision == "forced ieee" else precision)
     if single and precision == "ieee" and not chip.interpreted:
         for shape in TF32X3.get(chip.kind, ()):
+            if problem.task == "loss" and shape.block_k < LEAST_BLOCK_K_OF_LOSS:
+                continue
             yield from _fitted(problem, shape, "tf32x3")
             if problem.described and shape.block_m * shape.block_n <= WIDEST_TF32X3_DESCRIBED:
                 yield from _fitted(problem, shape, "tf32x3", chip.multiprocessors)
@@ -231,5 +243,7 @@ def estimates(problem: Problem) -> dict[str, float]:
 @lru_cache(4096)
 def by_rule(problem: Problem) -> str:
     """The name of the candidate with the least estimate."""
+    if problem.task == HEAD:
+        return RULE
     times = estimates(problem)
     return min(times, key=times.__getitem__)

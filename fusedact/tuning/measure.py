@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact.activations import Activation
-from fusedact.tuning.candidates import LEAST_ALIGNED, LIBRARY, Chip, Problem, candidates
+from fusedact.tuning.candidates import LEAST_ALIGNED, LIBRARY, RULE, Chip, Problem, candidates
 from fusedact.tuning.records import FUSED, OP, STOCK, Record, hold
 
 Call = Callable[[], Tensor]
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # the whole layer: x, W, b -> y
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # the whole layer: x, W, b -> y; or a head: x, W, target -> loss
 Timer = Callable[[Sequence[Call]], float]  # µs a call
 
 ROUNDS = 9
@@ -102,6 +102,22 @@ def tune(
     return found
 
 
+def tune_head(head: Problem, device: torch.device, ways: Mapping[str, Way]) -> Found:
+    """Measures a head's loss with the gradients of x and W, by each way of x, W and the target.
+
+    What is found holds in this process.
+    """
+    x, w = (torch.randn(size, head.K, dtype=head.dtype, device=device) for size in (head.M, head.N))
+    w /= head.K**0.5
+    target = torch.randint(head.N, (head.M,), device=device)
+    tensors = x.requires_grad_(), w.requires_grad_(), target
+    steps = {name: [partial(_learned, way, *tensors)] for name, way in ways.items()}
+    with _float32_products(head.precision):
+        found = _measured(steps, None, RULE, RULE, _wall, LOOPED)
+    hold(head.chip, {head: found.record})
+    return found
+
+
 # What is called
 
 
@@ -165,6 +181,10 @@ def _truth(problem: Problem, operands: Sequence[Tensor], activation: Activation)
 
 def _both(way: Way, x: Tensor, w: Tensor, b: Tensor, dy: Tensor) -> Tensor:
     return torch.autograd.grad(way(x, w, b), (x, w, b), dy)[0]
+
+
+def _learned(way: Way, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return torch.autograd.grad(way(x, w, target), (x, w))[0]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedact.tuning.candidates import LIBRARY, Chip, Problem, by_rule, candidates, estimates
+from fusedact.tuning.candidates import HEAD, LIBRARY, Chip, Problem, by_rule, candidates, estimates
 
 VERSION = 1
 OP = "op"  # the task of a whole layer, forward with backward
@@ -54,7 +54,7 @@ _has_stock: dict[Chip, bool] = {}  # whether stock was better anywhere, once tha
 
 @lru_cache(4096)
 def choose(*problem: Any) -> Any:
-    """The tile that takes the product of these fields of a Problem, None for the library.
+    """The tile that takes the product of these fields of a Problem, None for the library; of a head, its chunk's rows.
 
     The measured one if it still exists, else the rule's.
     """
@@ -75,7 +75,7 @@ def why(problem: Problem) -> tuple[str, str]:
     name, record = _chosen(problem), _record(problem)
     if record is not None and record.choice == name:
         return name, f"measured, µs: {_times(record.microseconds, {name})}"
-    if problem.task == OP:
+    if problem.task in (OP, HEAD):
         reason = "not measured"
     else:
         estimated = {candidate: seconds * 1e6 for candidate, seconds in estimates(problem).items()}
