@@ -44,6 +44,8 @@ from bench.codegen_cases import CASES, EVERY_ACTIVATION, Case
 from bench.codegen_launchers import PRECISIONS, Work
 
 COPY_BYTES_PER_S = 4.3e12  # H200, as the rates below
+LATENCY = 1000  # cycles from a load to its use while the memory is busy: an assumption, the same of every chip
+THREADS, PROGRAMS = 2048, 32  # that a multiprocessor holds at most
 
 
 # Chips
@@ -90,6 +92,7 @@ CHIPS = {
 ORDERED = re.compile("[SB]*(BTB[SB]*L[SBL]*)*")  # of all events but G
 ARRIVAL = re.compile("BRA")  # at a grid barrier, and the first look at it: no load in between
 LOOK = re.compile("BA")  # again, in a loop
+BARRIER = re.compile(r"BAR\b|s_barrier")  # of a program's threads
 FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)|_atomic_\w*_b?f(?:16|32|64)")
 
 
@@ -133,22 +136,50 @@ def launches(chip: Chip, case: Case) -> tuple[Work, list[Launch]]:
     return work, recorded
 
 
+def resident(chip: Chip, launch: Launch, assembly: Assembly) -> int:
+    """Programs that a multiprocessor runs at a time, as registers, shared memory, threads and the grid allow."""
+    metadata = launch.kernel.metadata
+    threads = metadata.num_warps * chip.target.warp_size
+    registers = 8 * max(1, math.ceil(assembly.registers / 8))  # as they are allotted
+    return max(
+        1,
+        min(
+            chip.register_file // (registers * threads),
+            chip.shared_memory // max(1, metadata.shared),
+            THREADS // threads,
+            PROGRAMS,
+            math.ceil(launch.programs / chip.speed.multiprocessors),
+        ),
+    )
+
+
+def pass_of(assembly: Assembly) -> tuple[list[str], int]:
+    """What a program repeats, the loop or, where it has none, its whole text; the bits that a thread moves in it."""
+    code = assembly.step or assembly.mnemonics
+    return code, sum(moved_bits(mnemonic) for mnemonic in code if LOAD.match(mnemonic) or STORE.match(mnemonic))
+
+
 def estimate(chip: Chip, case: Case, work: Work, launch: Launch, assembly: Assembly) -> float:
     """Seconds that the launch should take: a model's, measured by nobody; 0 where the model says nothing.
 
     A product takes flops / (2 block_m block_n block_k) steps, shared evenly by its programs, which run in waves of
     one to a multiprocessor. A step takes what is longer: its FLOPs at the multiprocessor's rate, or its instructions
     for every warp, one a cycle from each scheduler, where a pass of the loop is as many steps as it loads tiles for.
-    Any other kernel issues its loop, or its whole text where it has none, as often as what that loads and stores goes
-    into its bytes. Nothing is faster than its bytes. Nothing is said of a trainer, whose products have no one tile,
-    nor of programs too few for the chip, which wait more than they work. Left out: prologue, epilogue, caches,
-    latency, the launch, and the last tile of a program that takes several.
+
+    Any other kernel passes its loop, or its whole text where it has none, as often as what that loads and stores goes
+    into its bytes. With I cycles to issue a pass, T to move its bytes at the multiprocessor's share of the memory, L
+    of latency and r programs resident, a pass takes max(I, T, (L + I + T) / r) cycles, the last by Little's law: a
+    program waits for what it loads, and only the others keep the memory busy meanwhile. Where no barrier holds a
+    program's warps together they drift apart, and the last I and T are one warp's.
+
+    Nothing is faster than its bytes. Nothing is said of a trainer, whose products have no one tile, nor of programs
+    too few for the chip, which wait more than they work. Left out: prologue, epilogue, caches, the launch, and the
+    last tile of a program that takes several.
     """
     speed, metadata = chip.speed, launch.kernel.metadata
     m, n, k = (getattr(work.config, block, 0) for block in ("block_m", "block_n", "block_k"))
-    code = assembly.step or assembly.mnemonics
+    code, bits = pass_of(assembly)
     issue = len(code) * metadata.num_warps / speed.schedulers
-    bits = sum(moved_bits(mnemonic) for mnemonic in code if LOAD.match(mnemonic) or STORE.match(mnemonic))
     moved = bits // 8 * metadata.num_warps * chip.target.warp_size
     if work.flops and m * n * k:
         product, _, times = case.precision.partition("x")  # tf32x3: three products in tf32
@@ -158,7 +189,11 @@ def estimate(chip: Chip, case: Case, work: Work, launch: Launch, assembly: Assem
         waves = math.ceil(launch.programs / speed.multiprocessors)
         cycles = work.flops / step / launch.programs * waves * max(multiply, issue / steps_a_pass)
     elif not work.flops and moved and launch.programs >= speed.multiprocessors:
-        cycles = work.bytes / moved * issue / speed.multiprocessors
+        transfer = moved / (speed.bytes_per_s / speed.multiprocessors / speed.hertz)
+        together = any(map(BARRIER.match, code))
+        alone = issue + transfer if together else len(code) + transfer / metadata.num_warps
+        a_pass = max(issue, transfer, (LATENCY + alone) / resident(chip, launch, assembly))
+        cycles = work.bytes / moved * a_pass / speed.multiprocessors
     else:
         return 0.0
     return max(cycles / speed.hertz, work.bytes / speed.bytes_per_s)
@@ -168,10 +203,11 @@ def estimate(chip: Chip, case: Case, work: Work, launch: Launch, assembly: Assem
 class Report:
     """A case on a chip.
 
-    step_instructions, step_matrix: of one pass of the loop that does the work, and how many of these are matrix
-    instructions. loads: how many of each width in bits; copies: of tiles, by the copy engine. ordered: whether partial
-    sums are, None where there are none. barriers: how many loads follow each arrival at a grid barrier, as the text
-    has them; looks: loops that wait for one; stray: what else arrives or looks.
+    resident: programs on a multiprocessor at a time. step_instructions, step_matrix: of one pass of the loop that does
+    the work, and how many of these are matrix instructions; pass_bits: what a thread loads and stores in it, or in the
+    whole text where there is no loop. loads: how many of each width in bits; copies: of tiles, by the copy engine.
+    ordered: whether partial sums are, None where there are none. barriers: how many loads follow each arrival at a
+    grid barrier, as the text has them; looks: loops that wait for one; stray: what else arrives or looks.
     bytes_given: of the tensors that the kernel was given, workspace included. floor_us: on an H200; estimate_us:
     on this chip, by the model of `estimate`.
     """
@@ -185,6 +221,7 @@ class Report:
     config: dict[str, int] = field(default_factory=dict)
     launches: int = 0
     programs: int = 0
+    resident: int = 0
     registers: int = 0
     registers_limit: int = 0
     spills: int = 0
@@ -193,6 +230,7 @@ class Report:
     instructions: int = 0
     step_instructions: int = 0
     step_matrix: int = 0
+    pass_bits: int = 0
     loads: dict[int, int] = field(default_factory=dict)
     copies: int = 0
     matrix: dict[str, int] = field(default_factory=dict)
@@ -225,6 +263,7 @@ def examine(case: Case, name: str) -> Report:
         config=work.config._asdict(),
         launches=1 + len(others),
         programs=launch.programs,
+        resident=resident(chip, launch, assembly),
         registers=assembly.registers,
         registers_limit=min(chip.registers, chip.register_file // (metadata.num_warps * chip.target.warp_size)),
         spills=assembly.spills,
@@ -233,6 +272,7 @@ def examine(case: Case, name: str) -> Report:
         instructions=len(assembly.mnemonics),
         step_instructions=len(assembly.step),
         step_matrix=len(matrix_instructions(assembly.step)),
+        pass_bits=pass_of(assembly)[1],
         loads=dict(Counter(moved_bits(m) for m in assembly.mnemonics if LOAD.match(m))),
         copies=sum(bool(COPY.match(mnemonic)) for mnemonic in assembly.mnemonics),
         matrix=dict(Counter(matrix_instructions(assembly.mnemonics))),
@@ -258,13 +298,22 @@ def examine_all(jobs: list[tuple[Case, str]]) -> Iterator[Report]:
 # Output
 
 COLUMNS = {
-    "chip": 6, "config": 18, "registers": 9, "spills": 6, "shared KB": 9, "instructions": 12, "step/matrix": 11,
-    "loads x bits": 20, "matrix": 11, "partials": 11, "barriers": 8, "estimate/floor": 14,
+    "chip": 6, "config": 18, "registers": 9, "resident": 8, "spills": 6, "shared KB": 9, "instructions": 12,
+    "step/matrix": 11, "an element": 10, "loads x bits": 20, "matrix": 11, "partials": 11, "barriers": 8,
+    "estimate/floor": 14,
 }  # fmt: skip
 
 
 def tally(counts: dict) -> str:
     return " ".join(f"{count}x{name}" for name, count in sorted(counts.items(), reverse=True))
+
+
+def per_element(report: Report) -> str:
+    """Instructions for each element that a pass loads or stores; a product's are its tiles'."""
+    if report.flops or not report.pass_bits:
+        return ""
+    elements = report.pass_bits / (8 * PRECISIONS[report.precision].dtype.itemsize)
+    return f"{(report.step_instructions or report.instructions) / elements:.1f}"
 
 
 def row(report: Report) -> tuple[str, ...]:
@@ -274,10 +323,12 @@ def row(report: Report) -> tuple[str, ...]:
         report.chip,
         "x".join(map(str, report.config.values())),
         str(report.registers),
+        str(report.resident),
         f"[red]{report.spills}" if report.spills else "0",
         f"{report.shared_memory / 1024:.1f}/{report.shared_memory_limit // 1024}",
         str(report.instructions),
         f"{report.step_instructions}/{report.step_matrix}" if report.step_instructions else "",
+        per_element(report),
         tally(report.loads),
         tally(report.matrix),
         {None: "", True: "ordered", False: "[red]not ordered"}[report.ordered],
@@ -318,7 +369,7 @@ def main(targets: Targets = None, kernels: Kernels = None, every: Every = False,
     jobs = [(case, chip) for case, chip in product(cases, targets or CHIPS) if chip in case.chips]
     reports = list(track(examine_all(jobs), "compiling", len(jobs), console=Console(stderr=True)))
     console = Console()
-    console.width = max(console.width, 160)
+    console.width = max(console.width, 190)
     for case, group in groupby(reports, lambda report: report.case):
         show(case, list(group), console)
     if output:

@@ -28,6 +28,12 @@ from bench.codegen_losses import (
     bce_forward,
     cross_entropy_backward,
     cross_entropy_forward,
+    cross_entropy_forward_with_gradient,
+    cross_entropy_overwrite_with_gradient,
+    head_combined,
+    head_statistics,
+    linear_bce_backward,
+    linear_bce_forward,
     multilabel_rows,
     nll_backward,
     nll_forward,
@@ -54,12 +60,11 @@ class Case:
         return " ".join((self.launcher.__name__, self.precision, "x".join(map(str, self.shape)), *options))
 
 
-def cases_of_tiles(launcher, task):
+def cases_of_tiles(launcher, task, shape=(8192, 8192, 8192)):
     """Every tile that the copy engine or three tf32 products make, whatever the rule chooses.
 
     Of those whose warps specialize only one compiles on every Triton.
     """
-    shape = (8192, 8192, 8192)
     chips = {}
     for kind in RATES:
         there = Chip(kind, 227 * 1024, 32, multiprocessors=132)
@@ -190,6 +195,33 @@ CASES = (
     Case(cross_entropy_backward, "bf16", (4096, 32000), {"weight": True, "smoothing": 0.1}),
     Case(cross_entropy_backward, "bf16", (4096, 128256), {"z_loss": 1e-4, "softcap": 30.0}),
     Case(cross_entropy_backward, "bf16", (32768, 1000), {"probabilities": True, "smoothing": 0.1}),
+    Case(cross_entropy_forward, "bf16", (4096, 4096)),
+    Case(cross_entropy_forward, "fp32", (4096, 4096)),
+    Case(cross_entropy_forward, "bf16", (4096, 32768)),
+    Case(cross_entropy_forward, "fp32", (4096, 32768)),
+    *(
+        Case(launcher, precision, shape)
+        for launcher in (cross_entropy_forward_with_gradient, cross_entropy_overwrite_with_gradient)
+        for precision in ("bf16", "fp32")
+        for shape in ((32768, 10), (32768, 1000), (4096, 4096), (4096, 32000), (4096, 32768), (4096, 128256))
+    ),
+    Case(cross_entropy_forward_with_gradient, "fp64", (4096, 8192)),
+    Case(cross_entropy_forward_with_gradient, "bf16", (16, 21, 65536)),
+    Case(cross_entropy_forward_with_gradient, "bf16", (4096, 32000), {"smoothing": 0.1}),
+    Case(cross_entropy_overwrite_with_gradient, "bf16", (4096, 128256), {"weight": True, "smoothing": 0.1}),
+    Case(cross_entropy_forward_with_gradient, "bf16", (4096, 32000), {"probabilities": True}),
+    Case(cross_entropy_overwrite_with_gradient, "bf16", (4096, 128256), {"z_loss": 1e-4, "softcap": 30.0}),
+    *cases_of_tiles(head_statistics, "loss", (4096, 128256, 4096)),
+    Case(head_statistics, "bf16", (4096, 128256, 4096)),
+    Case(head_statistics, "bf16", (4096, 128256, 4096), {"bias": True, "softcap": 30.0}),
+    Case(head_statistics, "bf16", (4096, 128256, 4096), {"smoothing": True, "weight": True}),
+    Case(head_statistics, "bf16", (100, 10, 784), {"bias": True}),
+    Case(head_statistics, "tf32", (4096, 128256, 4096)),
+    Case(head_statistics, "tf32x3", (4096, 128256, 4096), {"bias": True, "softcap": 30.0}, SPLIT),
+    Case(head_statistics, "fp32", (4096, 128256, 4096)),
+    Case(head_statistics, "fp64", (1024, 1024, 1024)),
+    Case(head_combined, "bf16", (4096, 128256)),
+    Case(head_combined, "bf16", (4096, 128256), {"smoothing": 0.1, "z_loss": 1e-4, "reduction": "none"}),
     Case(nll_forward, "bf16", (32768, 1000)),
     Case(nll_forward, "fp32", (16, 21, 65536), {"reduction": "none"}),
     Case(nll_backward, "bf16", (32768, 1000)),
@@ -209,6 +241,17 @@ CASES = (
     Case(bce_backward, "fp64", (1024, 1024), {"weight": True, "pos_weight": True, "both": True}),
     Case(bce_backward, "bf16", (2**26,), {"loss": "PROBABILITIES", "both": True}),
     Case(bce_backward, "fp32", (65536, 1024), {"loss": "SOFT_MARGIN", "weight": True}),
+    Case(linear_bce_forward, "bf16", (2**22, 16)),
+    Case(linear_bce_forward, "bf16", (2**18, 1000)),
+    Case(linear_bce_forward, "bf16", (65536, 8192)),
+    Case(linear_bce_forward, "bf16", (65536, 16384)),
+    Case(linear_bce_forward, "fp32", (64, 3)),
+    Case(linear_bce_forward, "fp32", (65536, 1024)),
+    Case(linear_bce_forward, "fp32", (65536, 8192)),
+    Case(linear_bce_forward, "fp32", (65536, 16384)),
+    Case(linear_bce_forward, "fp64", (65536, 4096)),
+    Case(linear_bce_backward, "bf16", (65536, 8192)),
+    Case(linear_bce_backward, "fp32", (65536, 1024)),
     Case(multilabel_rows, "bf16", (65536, 1024)),
     Case(multilabel_rows, "fp32", (65536, 1024), {"weight": True}),
     Case(multilabel_rows, "fp64", (1024, 1024), {"labels": True}),

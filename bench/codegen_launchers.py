@@ -171,7 +171,7 @@ def activation_backward(chip, p, *shape, activation="relu", slopes=None, channel
 
 def scale_in_place(chip, p, n):
     x = p.empty(n)
-    scale.in_place(x, p.empty(1))
+    scale.in_place([x], p.empty(1))
     return Work(scale.tile(), 2 * x.nbytes)
 
 

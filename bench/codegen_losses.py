@@ -2,8 +2,8 @@
 
 import torch
 
-from bench.codegen_launchers import PRECISIONS, Work
-from fusedact.kernels import bce, cross_entropy, multilabel, nll, softmax
+from bench.codegen_launchers import PRECISIONS, Work, product_tile
+from fusedact.kernels import bce, cross_entropy, linear_bce, linear_cross_entropy, multilabel, nll, softmax
 
 
 def cross_entropy_tensors(p, shape, options):
@@ -19,10 +19,15 @@ def cross_entropy_numbers(options):
     return tuple(options.get(name, 0.0) for name in ("smoothing", "z_loss", "softcap"))
 
 
+def cross_entropy_streams(options):
+    """How many numbers a logit takes registers for."""
+    two_streams = "probabilities" in options or {"weight", "smoothing"} <= set(options)
+    return 2 ** (two_streams + ("softcap" in options))
+
+
 def cross_entropy_forward(chip, p, *shape, reduction="mean", save=True, **options):
     x, *others = cross_entropy_tensors(p, shape, options)
-    two_streams = "probabilities" in options or {"weight", "smoothing"} <= set(options)
-    streams = 2 ** (two_streams + ("softcap" in options))
+    streams = cross_entropy_streams(options)
     config = cross_entropy.tile(
         shape[1], cross_entropy.rows_after(x), x.element_size(), streams, chip.target.warp_size
     )  # fmt: skip
@@ -41,6 +46,31 @@ def cross_entropy_backward(chip, p, *shape, **options):
         p.empty(), None, x, *others, stats, statistic(1), -100, *cross_entropy_numbers(options), True, False
     )
     return Work(config, sum(t.nbytes for t in (x, x, *others, stats) if t is not None))
+
+
+def cross_entropy_gradient_tile(chip, x, options):
+    return cross_entropy.gradient_tile(
+        x.shape[1], x.numel() // x.shape[1], x.element_size(), cross_entropy_streams(options), chip.target.warp_size,
+        chip.speed.multiprocessors, cross_entropy.rows_after(x),
+    )  # fmt: skip
+
+
+def cross_entropy_forward_with_gradient(chip, p, *shape, reduction="mean", **options):
+    """What is counted is one read of the logits, and one write."""
+    x, *others = cross_entropy_tensors(p, shape, options)
+    config = cross_entropy_gradient_tile(chip, x, options)
+    results = cross_entropy.forward_with_gradient(x, *others, -100, reduction, *cross_entropy_numbers(options), config)
+    return Work(config, sum(t.nbytes for t in (x, *others, *results) if t is not None))
+
+
+def cross_entropy_overwrite_with_gradient(chip, p, *shape, **options):
+    """What is counted is one read of the logits, and one write."""
+    x, *others = cross_entropy_tensors(p, shape, options)
+    config = cross_entropy_gradient_tile(chip, x, options)
+    statistic = PRECISIONS["fp64" if p.dtype == torch.float64 else "fp32"].empty
+    losses, total = statistic(shape[0]), statistic(1)
+    cross_entropy.overwrite_with_gradient(x, *others, losses, total, -100, *cross_entropy_numbers(options), config)
+    return Work(config, sum(t.nbytes for t in (x, x, *others, losses) if t is not None))
 
 
 def nll_forward(chip, p, *shape, reduction="mean"):
@@ -81,6 +111,25 @@ def bce_backward(chip, p, *shape, reduction="mean", loss="LOGITS", both=False, *
     return Work(config, sum(t.nbytes for t in (dloss, *tensors, *gradients) if t is not None))
 
 
+def linear_bce_tensors(chip, p, N, d):
+    """x, w, b, target, without weights, and the head's configuration."""
+    tensors = p.empty(N, d), p.empty(1, d), p.empty(1), p.empty(N, 1), None, None
+    itemsize = max(4, p.dtype.itemsize)
+    return tensors, linear_bce.tile(N, d, itemsize, chip.target.warp_size, chip.speed.multiprocessors)
+
+
+def linear_bce_forward(chip, p, N, d, wanted=(False, True, True)):
+    tensors, config = linear_bce_tensors(chip, p, N, d)
+    results = linear_bce.forward(*tensors, N, wanted, config)
+    return Work(config, sum(t.nbytes for t in (*tensors, *results) if t is not None))
+
+
+def linear_bce_backward(chip, p, N, d, wanted=(True, True, True)):
+    tensors, config = linear_bce_tensors(chip, p, N, d)
+    gradients = linear_bce.backward(p.empty(N, 1), *tensors, 1, wanted, config)
+    return Work(config, sum(t.nbytes for t in (*tensors, *gradients) if t is not None))
+
+
 def multilabel_rows(chip, p, N, C, **options):
     x, target, weight, _ = binary_tensors(p, (N, C), **options)
     config = multilabel.tile(C, p.dtype.itemsize)
@@ -105,3 +154,23 @@ def softmax_backward(chip, p, *shape, dim=-1, kind="softmax"):
     config = softmax.tile(y.shape, y.stride(), dim, max(4, p.dtype.itemsize), 2, chip.target.warp_size)
     dx = softmax.backward(dy, y, dim, p.dtype, kind == "log_softmax", kind == "softmin", config)
     return Work(config, dy.nbytes + y.nbytes + dx.nbytes)
+
+
+def head_statistics(chip, p, M, N, K, tile=None, bias=False, smoothing=False, weight=False, softcap=0.0):
+    """The logits are counted as what is left of them: two or four numbers for a row and a tile's classes."""
+    x, w = p.empty(M, K), p.empty(N, K)
+    config = product_tile(chip, p, "loss", x, w, tile)
+    target = torch.empty(M, dtype=torch.int64, device="meta")
+    others = p.empty(N) if bias else None, target, p.empty(N) if weight else None
+    given = linear_cross_entropy.statistics(x, w, *others, smoothing, softcap, config)
+    return Work(config, sum(t.nbytes for t in (x, w, *others, *given) if t is not None), 2 * M * N * K)
+
+
+def head_combined(chip, p, M, N, reduction="mean", smoothing=0.0, z_loss=0.0, block_n=256):
+    statistic = PRECISIONS["fp64" if p.dtype == torch.float64 else "fp32"].empty
+    partial, x_target = statistic(4 if smoothing else 2, -(-N // block_n), M), statistic(M)
+    target = torch.empty(M, dtype=torch.int64, device="meta")
+    loss = linear_cross_entropy.combined(
+        partial, x_target, target, None, None, N, -100, reduction, smoothing, z_loss
+    )  # fmt: skip
+    return Work(linear_cross_entropy.tile(), sum(t.nbytes for t in (partial, x_target, target, loss)))

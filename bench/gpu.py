@@ -8,23 +8,18 @@ the commit.
 """
 
 import argparse
-import faulthandler
-import gc
 import importlib.util
 import json
 import os
-import platform
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -38,14 +33,12 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import report  # noqa: E402  (found through the line above)
+from bench import report, suite  # noqa: E402  (found through the line above)
+from bench.worker import GRACE, SILENCE  # noqa: E402
 
-SILENCE = 90  # seconds that a unit may take before it counts as hung
-GRACE = 10  # seconds past its section's limit that a unit may finish in
-COMPILING = 2.5  # seconds for each case left from which on torch.compile takes part
 WARMERS = 6  # processes that fill the compilers' caches together
 WARM_BYTES = 3e9  # of a forward: larger cases together could fill the device
-WORKER = [sys.executable, __file__, "--worker"]
+WORKER = [sys.executable, "-m", "bench.worker"]
 
 
 @dataclass
@@ -94,42 +87,13 @@ def tests(run: Run, deadline: float) -> dict:
     log = junit.with_name("log")
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=run.environment(), stdout=out, stderr=out)
-        stopped = _stopped_at(process, deadline)
-    found = _outcomes(junit) if junit.exists() else {}
+        stopped = suite.stopped_at(process, deadline)
+    found = suite.outcomes(junit) if junit.exists() else {}
     if stopped:
         return found | {"error": "stopped at its time limit, what had finished is counted"}
     if process.returncode and not found.get("failed"):
         return found | {"error": f"pytest ended with {process.returncode}: {_tail(log.read_text())}"}
     return found
-
-
-def _stopped_at(process: subprocess.Popen, deadline: float) -> bool:
-    """Waits; at the deadline interrupts pytest, which then still writes what it knows."""
-    for signal_sent, patience in ((signal.SIGINT, deadline - time.time()), (signal.SIGKILL, 20)):
-        try:
-            process.wait(max(patience, 0))
-            return signal_sent == signal.SIGKILL
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal_sent)
-    process.wait()
-    return True
-
-
-def _outcomes(junit: Path) -> dict:
-    """Counts, and of each test that failed its name and the first line of why."""
-    cases = list(ElementTree.parse(junit).iter("testcase"))
-    failures = {}
-    for case in cases:
-        for fault in (*case.iter("failure"), *case.iter("error")):
-            first = (fault.get("message") or fault.text or "").strip().partition("\n")[0]
-            failures[f"{case.get('classname')}.{case.get('name')}"] = first[:200]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    return {
-        "passed": len(cases) - len(failures) - skipped,
-        "failed": len(failures),
-        "skipped_tests": skipped,
-        "failures": failures,
-    }
 
 
 def _collected(run: Run) -> dict:
@@ -142,36 +106,47 @@ def _collected(run: Run) -> dict:
 
 
 def ceilings(run: Run, deadline: float) -> dict:
-    from bench.measure import CEILINGS  # in here, as below: what does not import costs its own section only
+    from bench.ceilings import CEILINGS  # in here, as below: what does not import costs its own section only
 
     return _units(run, "ceilings", list(CEILINGS), deadline, _interpreted(run))
 
 
 def ops(run: Run, deadline: float) -> dict:
     """Every case, right first, then against stock and torch.compile, after a common filling of compile caches."""
-    cases = _cases(run.dry)
-    small = [name for name, case in cases.items() if case.work("forward").bytes < WARM_BYTES]
+    from bench.cases import CASES, by_name
+    from bench.ops import work
+
+    cases = by_name(CASES, run.dry)
+    small = [name for name, case in cases.items() if work(case, "forward").bytes < WARM_BYTES]
     warmers = min(WARMERS, max(1, (os.cpu_count() or 1) // 2))
     warm_until = time.time() + 0.3 * (deadline - time.time())
     with ThreadPoolExecutor(warmers) as pool:
         parts = pool.map(lambda i: _units(run, "warm", small[i::warmers], warm_until, quiet=True), range(warmers))
         first_calls = {name: result for part in parts for name, result in part["results"].items()}
     run.say(f"first calls of {len(first_calls)} cases compiled")
-    backend = {"FUSEDACT_BACKEND": "torch"} if run.dry else {}
-    return _units(run, "ops", list(cases), deadline, backend) | {"first_calls": first_calls}
+    return _units(run, "ops", list(cases), deadline, _fallback(run)) | {"first_calls": first_calls}
 
 
 def interpreted(run: Run, deadline: float) -> dict:
     """In place of a GPU: the kernels' results, interpreted."""
-    return _units(run, "check", list(_cases(run.dry)), deadline, {"FUSEDACT_BACKEND": "triton"} | _interpreted(run))
+    from bench.cases import CASES, by_name
+
+    names = list(by_name(CASES, run.dry))
+    return _units(run, "check", names, deadline, {"FUSEDACT_BACKEND": "triton"} | _interpreted(run))
+
+
+def peers(run: Run, deadline: float) -> dict:
+    """Some of the losses again, beside others' kernels: apart, since one that fails may lose the device."""
+    from bench.cases import PEERED, by_name
+
+    return _units(run, "peers", list(by_name(PEERED, run.dry)), deadline, _fallback(run))
 
 
 def autotuned(run: Run, deadline: float) -> dict:
     """Some of the cases again, with torch.compile's max-autotune as the compiler."""
-    from bench.cases import AUTOTUNED
+    from bench.cases import AUTOTUNED, by_name
 
-    cases = dict.fromkeys(case.tiny().name for case in AUTOTUNED) if run.dry else [case.name for case in AUTOTUNED]
-    return _units(run, "autotuned", list(cases), deadline, {"FUSEDACT_BACKEND": "torch"} if run.dry else {})
+    return _units(run, "autotuned", list(by_name(AUTOTUNED, run.dry)), deadline, _fallback(run))
 
 
 def steps(run: Run, deadline: float) -> dict:
@@ -191,6 +166,7 @@ SECTIONS = (
     Section("ceilings", ceilings, 0.07),
     Section("fits", fits, 0.10),
     Section("ops", ops, 0.43),
+    Section("peers", peers, 0.12),
     Section("steps", steps, 0.10),
     Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
@@ -201,11 +177,8 @@ def _interpreted(run: Run) -> dict[str, str]:
     return {"TRITON_INTERPRET": "1"} if run.dry else {}
 
 
-def _cases(dry: bool) -> dict:
-    from bench.cases import CASES
-
-    cases = dict.fromkeys(case.tiny() for case in CASES) if dry else CASES
-    return {case.name: case for case in cases}
+def _fallback(run: Run) -> dict[str, str]:
+    return {"FUSEDACT_BACKEND": "torch"} if run.dry else {}
 
 
 def _units(
@@ -269,97 +242,7 @@ def _in_short(answer: dict) -> str:
     for phase, measured in value.get("phases", {}).items():
         device = next(iter(measured["times"].values()))
         ratios.append(f"{phase} {device['stock']['median'] / device['fusedact']['median']:.2f}")
-    return ", ".join([value["verdict"], *ratios])
-
-
-def work(job: dict) -> None:
-    """The worker: answers on standard output, a line for each unit begun and one for its outcome."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no answer
-
-    def answer(unit: str, **content: Any) -> None:
-        print(json.dumps({"unit": unit, **content}), file=answers, flush=True)
-
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() and not job["dry"] else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    gc.disable()  # a collection inside a graph's capture would free what must not be freed there
-    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():
-        for done, name in enumerate(job["names"]):
-            left = job["deadline"] - time.time()
-            if left <= 0:
-                answer(name, outcome="skipped", value="no time left")
-                continue
-            answer(name)
-            faulthandler.dump_traceback_later(min(SILENCE, left + GRACE), exit=True)
-            try:
-                value = _unit(job, name, device, left / (len(job["names"]) - done))
-                answer(name, outcome="results", value=value)
-            except MemoryError as error:
-                answer(name, outcome="skipped", value=str(error))
-            except Exception as error:
-                traceback.print_exc()
-                answer(name, outcome="errors", value=f"{type(error).__name__}: {str(error)[:500]}")
-                if device.type == "cuda":
-                    torch.cuda.synchronize()  # raises, which ends this worker, where the device is lost
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    faulthandler.cancel_dump_traceback_later()
-
-
-def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
-    """One unit of the job's kind; `seconds` is its share of what is left."""
-    if job["kind"] == "facts":
-        return _facts(device)
-    from bench import fits as fits_of_bench
-    from bench import measure
-    from bench.cases import AUTOTUNED, STEPS
-
-    if job["kind"] == "fits":
-        return fits_of_bench.measure_fit({fit.name: fit for fit in fits_of_bench.FITS}[name], device, job["dry"])
-    effort = measure.DRY if job["dry"] else measure.FULL
-    if job["kind"] == "ceilings":
-        return measure.CEILINGS[name](device, effort)
-    if job["kind"] == "steps":
-        return measure.measure_step({step.name: step for step in STEPS}[name], device, effort)
-    if job["kind"] == "autotuned":
-        cases = {case.name: case for case in (case.tiny() if job["dry"] else case for case in AUTOTUNED)}
-        return measure.measure_case(cases[name], device, effort, compiling="max-autotune-no-cudagraphs")
-    case = _cases(job["dry"])[name]
-    if job["kind"] == "ops":
-        return measure.measure_case(case, device, effort, compiling="default" if seconds >= COMPILING else None)
-    if job["kind"] == "warm":
-        return measure.warm_case(case, device)
-    return measure.check_case(case, device)
-
-
-def _facts(device: Any) -> dict:
-    import torch
-    import triton
-
-    facts = {
-        "device": f"CPU, {platform.machine()}",
-        "gpu": device.type == "cuda",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "torch threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device": properties.name,
-            "cuda": torch.version.cuda,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory, GiB": round(properties.total_memory / 2**30, 1),
-            "L2, MiB": round(properties.L2_cache_size / 2**20, 1),
-        }
-    return facts
+    return ", ".join([value["verdict"], *ratios, *(f"without {name}" for name in value.get("without", ()))])
 
 
 def _smi() -> str:
@@ -419,11 +302,13 @@ def _short_table(record: dict) -> Table:
         by_case.setdefault(row.case, []).append(row)
     for case, phases in by_case.items():
         last = phases[-1]
-        ratios = [f"{row.ratio:.2f}" for row in phases] if len(phases) == 3 else ["", "", f"{last.ratio:.2f}"]
+        ratios = {row.phase: f"{row.ratio:.2f}" for row in phases}
+        first = ratios.get("forward", ratios.get("no_grad", ""))
         compiled = "" if last.compile is None else f"{last.compile:.2f}"
         share = "" if last.share is None else f"{last.share:.0%}"
         judged = next((row.threshold for row in phases if row.missed), last.threshold).partition(":")[0]
-        table.add_row(case, *ratios, f"{last.wall:.2f}", compiled, share, judged)
+        each = (first, ratios.get("backward", ""), f"{last.ratio:.2f}")
+        table.add_row(case, *each, f"{last.wall:.2f}", compiled, share, judged)
     return table
 
 
@@ -464,11 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=[s.name for s in SECTIONS], action="append", help="these sections")
     parser.add_argument("--tests-only", action="store_const", const=["tests"], dest="only")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: all code paths, no figures")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.worker:
-        work(args.worker)
-        return 0
     console = Console(width=None if sys.stdout.isatty() else 120)
     chosen = [
         section

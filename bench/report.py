@@ -5,6 +5,7 @@ python bench/report.py [--check]
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,13 +14,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OPEN, CLOSE = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 COPY = "copy, GB/s"
+CHUNKS = "torch's chunks"  # as bench.peers names them
+LAYERS = ("linear_act", "linear_chain", "conv2d_act", "prelu")
 NO_RECORD = "No GPU record yet."
 DRY = "no GPU, tiny shapes, the fallback instead of kernels. None of these are figures."
 
 
 @dataclass(frozen=True)
 class Row:
-    """One phase of one case: µs, ratios to fusedact's median (above 1: fusedact is faster), rates of fusedact's."""
+    """One phase of one case: µs, ratios to fusedact's median (above 1: fusedact is faster), rates of fusedact's.
+
+    others: such ratios of others' kernels, from a run of their own; loss: whether the case is of the losses' table.
+    """
 
     case: str
     phase: str
@@ -37,6 +43,8 @@ class Row:
     memory: str
     target: float | None
     threshold: str
+    others: dict[str, float]
+    loss: bool
 
     @property
     def missed(self) -> bool:
@@ -45,23 +53,34 @@ class Row:
 
 def rows(record: dict) -> Iterator[Row]:
     """Every measured phase of the record's ops and training steps, in their order."""
-    ceilings = record["sections"].get("ceilings", {}).get("results", {})
-    for section in ("ops", "steps", "autotuned"):
-        for case, result in record["sections"].get(section, {}).get("results", {}).items():
+    sections = {name: section.get("results", {}) for name, section in record["sections"].items()}
+    ops, peers = sections.get("ops", {}), sections.get("peers", {})
+    alone = {case: result for case, result in peers.items() if case not in ops}
+    for section, results in (sections | {"peers": alone}).items():
+        if section not in ("ops", "peers", "steps", "autotuned"):
+            continue
+        for case, result in results.items():
             name = f"{case}, max-autotune" if section == "autotuned" else case
             for phase, measured in result.get("phases", {}).items():
-                row = _row(name, phase, result, measured, ceilings)
+                beside = peers.get(name, {}).get("phases", {}).get(phase, {})
+                row = _row(name, phase, result, measured, sections.get("ceilings", {}), _others(beside))
                 yield replace(row, threshold="not judged") if record["dry"] else row
 
 
-def _row(case: str, phase: str, result: dict, measured: dict, ceilings: dict) -> Row:
+def _others(measured: dict) -> dict[str, float]:
+    """The ratios of all but ours, stock and its repetition."""
+    device = next(iter(measured.get("times", {}).values()), {})
+    return {name: _ratio(device, name) for name in device if name not in ("stock", "again", "fusedact", "compile")}
+
+
+def _row(case: str, phase: str, result: dict, measured: dict, ceilings: dict, others: dict[str, float]) -> Row:
     times = measured["times"]
     device = next(iter(times.values()))  # on a GPU cold device time, on a CPU the thread's
     ours = device["fusedact"]
     ratio, launched, wall = (_ratio(times.get(kind, device)) for kind in ("cold", "launched", "wall"))
     floor = _floor(result, measured, ceilings)
     memory = measured.get("memory", {})
-    return Row(
+    row = Row(
         case=case,
         phase=phase,
         stock=device["stock"]["median"],
@@ -77,19 +96,37 @@ def _row(case: str, phase: str, result: dict, measured: dict, ceilings: dict) ->
         share=floor / ours["median"] if floor else None,
         memory=" / ".join(f"{memory[name] / 2**20:.0f}" for name in ("stock", "fusedact")) if memory else "",
         target=result.get("target") if phase == "both" else None,
-        threshold=_judged(result["threshold"], ratio, wall if phase in ("both", "step") else None),
+        threshold="",
+        others=others,
+        loss="op" in result and not result["op"].startswith(LAYERS),
     )
+    return replace(row, threshold=_judged(row, result, memory))
 
 
 def _ratio(times: dict, other: str = "stock") -> float:
     return times[other]["median"] / times["fusedact"]["median"]
 
 
-def _judged(threshold: float, ratio: float, wall: float | None) -> str:
-    """The wall counts for a whole call, forward with backward."""
-    missed = [f"device {ratio:.3f}"] if ratio < threshold else []
-    missed += [f"wall {wall:.3f}"] if wall is not None and wall < threshold else []
+def _judged(row: Row, result: dict, memory: dict) -> str:
+    """What of the case's promises is missed: the wall and the bounds count for a whole call, forward with backward."""
+    least = result["threshold"]
+    missed = [f"device {row.ratio:.3f}"] if row.ratio < least else []
+    if row.phase in ("both", "step"):
+        missed += [f"wall {row.wall:.3f}"] if row.wall < least else []
+        missed += [f"{CHUNKS} {row.others[CHUNKS]:.3f}"] if row.others.get(CHUNKS, least) < least else []
+        missed += [f"target {row.ratio:.3f}"] if row.ratio < (row.target or 0) else []
+        milliseconds, most_ms = row.fusedact * 1e-3, result.get("most_ms") or math.inf
+        missed += [f"{milliseconds:.2f} ms"] if milliseconds > most_ms else []
+        gib, most_gib = _beyond(result, memory) / 2**30, result.get("most_gib") or math.inf
+        missed += [f"{gib:.2f} GiB"] if gib > most_gib else []
+    elif row.phase != "backward" and row.share is not None and row.share < (result.get("least_share") or 0):
+        missed.append(f"share {row.share:.3f}")
     return f"missed: {', '.join(missed)}" if missed else "met"
+
+
+def _beyond(result: dict, memory: dict) -> int:
+    """Bytes that a call holds at its peak beyond its gradients; 0 where nobody looked."""
+    return memory["fusedact"] - result.get("gradient_bytes", 0) if memory else 0
 
 
 def _floor(result: dict, measured: dict, ceilings: dict) -> float | None:
@@ -134,6 +171,8 @@ def markdown(record: dict) -> str:
         parts.append(f"## {name}\n\n{_summary(section)}")
     if table := list(rows(record)):
         parts += [f"## times\n\n{LEGEND}", _table(_FULL, table)]
+    if losses := [row for row in table if row.loss]:
+        parts += [f"## losses\n\n{LOSSES_LEGEND}", _table(_LOSSES, losses)]
     if runs := fits(record):
         parts += ["## whole training runs", _fits_table(runs)]
     parts.append("## not good\n\n" + ("\n".join(f"- {line}" for line in failures(record)) or "Nothing."))
@@ -158,8 +197,9 @@ def _result(result: object) -> str:
         return f"{result:.4g}"
     if not isinstance(result, dict) or "errors" not in result:
         return str(result["verdict"] if isinstance(result, dict) and "verdict" in result else result)
-    ours, stock = (max(result["errors"][name]) for name in ("fusedact", "stock"))
-    return f"{result['verdict']}, error {ours:.1e}, stock's {stock:.1e}"
+    errors = [f"{name} {max(each):.1e}" for name, each in result["errors"].items()]
+    without = [f"without {name}: {why}" for name, why in result.get("without", {}).items()]
+    return "; ".join([f"{result['verdict']}, errors {', '.join(errors)}", *without])
 
 
 def _first(seconds: dict | None) -> str:
@@ -169,6 +209,10 @@ def _first(seconds: dict | None) -> str:
 LEGEND = """Ratios are stock or compile over fusedact, medians of interleaved rounds, of cold device time where
 nothing else is said: each call takes other inputs than the last. Noise is stock against itself. Bytes are the least
 that the phase can move. The share is of the measured ceilings. Memory is what a call holds at its peak, MiB."""
+
+LOSSES_LEGEND = """Columns from stock on are their time over fusedact's, others' kernels in a run of their own. Shares
+are of the copy's bytes, a head's of its products' FLOP/s. `no_grad` is a value alone; others make gradients with it
+where they make any."""
 
 _FULL = (
     ("case", lambda r: r.case),
@@ -193,6 +237,21 @@ _SHORT = (
     ("stock / fusedact", _FULL[5][1]),
     ("compile / fusedact", _FULL[9][1]),
     ("share of the ceiling", _FULL[12][1]),
+)
+
+
+_LOSSES = (
+    *_FULL[:2],
+    ("µs", _FULL[3][1]),
+    ("GB/s", lambda r: _optional(r.gbps, ".0f")),
+    ("share of the ceiling", lambda r: _optional(r.share, ".0%")),
+    ("stock", lambda r: f"{r.ratio:.2f}"),
+    ("torch.compile", lambda r: _optional(r.compile, ".2f")),
+    *(
+        (name, lambda r, name=name: _optional(r.others.get(name), ".2f"))
+        for name in ("Liger", "cut-cross-entropy", CHUNKS)
+    ),
+    ("memory, stock / ours", lambda r: r.memory),
 )
 
 
@@ -249,7 +308,10 @@ def _readme_table(results: Path) -> str:
     machine = record["machine"]
     where = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {record['date'][:10]}"
     source = f"{where}: `python bench/gpu.py`, record `bench/results/{path.name}`. Device time, cold."
-    table = _table(_SHORT, [row for row in rows(record) if row.phase != "backward"])
+    shown = [row for row in rows(record) if row.phase != "backward"]
+    losses = [row for row in shown if row.loss]
+    table = _table(_SHORT, [row for row in shown if not row.loss])
+    table += f"\n\n{LOSSES_LEGEND}\n\n{_table(_LOSSES, losses)}" if losses else ""
     return "\n\n".join([source, table, *([_fits_table(runs)] if (runs := fits(record)) else [])])
 
 

@@ -8,14 +8,16 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench.cases import CASES, PHASES, contenders, output_gradient
+from bench.cases import CASES
+from bench.contenders import contenders, output_gradient
+from bench.ops import OPS, work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = 1.5e8  # FLOPs and bytes, forward with backward
 CHOSEN = [
     case
     for case in CASES
-    if DEVICE == "cuda" or (case.dtype == "float32" and max(asdict(case.work("both")).values()) < SMALL)
+    if DEVICE == "cuda" or (case.dtype == "float32" and max(asdict(work(case, "both")).values()) < SMALL)
 ]
 
 
@@ -32,8 +34,14 @@ def surroundings():
 
 @pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=True)
 @pytest.mark.parametrize("contender", ["stock", "fusedact"])
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    ("case", "phase"),
+    [
+        pytest.param(case, phase, id=f"{case.name.replace(' ', '-')}-{phase}")
+        for case in CHOSEN
+        for phase in OPS[case.op].phases
+    ],
+)
 def test_op(case, phase, contender, benchmark):
     torch.set_float32_matmul_precision(case.precision)
     with torch.device(DEVICE):
@@ -50,6 +58,6 @@ def test_op(case, phase, contender, benchmark):
         "shape": case.shape,
         "dtype": case.dtype,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} thread",
-        **asdict(case.work(phase)),
+        **asdict(work(case, phase)),
     }
     benchmark(finished)

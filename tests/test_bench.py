@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
+SECTIONS = ("tests", "ceilings", "fits", "ops", "peers", "steps", "autotuned", "interpreted")
 FAKE_WORKER = """
 import json, os, sys
 job = json.loads(sys.argv[-1])
@@ -43,7 +45,7 @@ def test_dry_run_exercises_every_section(tmp_path):
     path = Path(last.removeprefix("DRY RUN record "))
     record = json.loads(path.read_text())
     assert record["dry"] is True
-    assert set(record["sections"]) == {"tests", "ceilings", "fits", "ops", "steps", "autotuned", "interpreted"}
+    assert set(record["sections"]) == set(SECTIONS)
     assert record["sections"]["tests"]["collected"] > 100
     assert len(record["sections"]["ops"]["results"]) == len(record["sections"]["interpreted"]["results"]) > 10
     assert path.name.startswith("dry-run-")
@@ -85,9 +87,9 @@ def test_pytest_outcomes_are_read(bench, tmp_path):
     )
     options = ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), f"--junitxml={tmp_path}/junit.xml"]
     process = subprocess.Popen([sys.executable, "-m", "pytest", str(suite), *options], stdout=subprocess.DEVNULL)
-    gpu = bench("gpu")
-    assert gpu._stopped_at(process, time.time() + 60) is False
-    found = gpu._outcomes(tmp_path / "junit.xml")
+    suite = bench("suite")
+    assert suite.stopped_at(process, time.time() + 60) is False
+    found = suite.outcomes(tmp_path / "junit.xml")
     assert {name: found[name] for name in ("passed", "failed", "skipped_tests")} == {
         "passed": 1,
         "failed": 2,
@@ -97,7 +99,7 @@ def test_pytest_outcomes_are_read(bench, tmp_path):
     assert "gone" in found["failures"]["test_some.test_error"]
 
 
-def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0):
+def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0, **promises):
     """No measurement: round numbers, of a device that does not exist."""
 
     def times(stock, fusedact):
@@ -114,7 +116,7 @@ def synthetic_record(date="2000-01-01T00:00", dry=False, fused=50.0):
         for phase in ("forward", "backward", "both")
     }
     errors = {"stock": [1e-7], "fusedact": [1e-7]}
-    result = {"threshold": 0.97, "verdict": "accurate", "errors": errors, "phases": phases}
+    result = {"threshold": 0.97, "verdict": "accurate", "errors": errors, "phases": phases} | promises
     timing = {"seconds": 1.0, "limit": 2.0, "state": ""}
     fit = {"verdict": "accurate", "steps": 1000, "took": fused / 100, "seconds": 1.0, "step_us": 500.0}
     fit |= {"stock_step_us": 1000.0, "costs": {}}
@@ -142,6 +144,77 @@ def test_thresholds_are_judged(bench):
     assert "missed: device 0.500" in report.markdown(slow)
     slow["sections"]["ops"]["results"]["synthetic op"]["verdict"] = "wrong"
     assert any("synthetic op: wrong" in fault for fault in report.failures(slow))
+
+
+@pytest.mark.parametrize(
+    ("promises", "missed"),
+    [
+        ({"target": 2.0}, []),
+        ({"target": 2.1}, ["both: missed: target 2.000"]),
+        ({"least_share": 0.5}, []),
+        ({"least_share": 0.6}, ["forward: missed: share 0.500"]),
+        ({"most_ms": 0.05}, []),
+        ({"most_ms": 0.04}, ["both: missed: 0.05 ms"]),
+        ({"most_gib": 0.5 * 2**-10, "gradient_bytes": 2**19}, []),
+        ({"most_gib": 0.4 * 2**-10, "gradient_bytes": 2**19}, ["both: missed: 0.00 GiB"]),
+    ],
+)
+def test_a_case_is_held_to_what_it_promises(bench, promises, missed):
+    found = bench("report").failures(synthetic_record(**promises))
+    assert found == [f"synthetic op, {fault}" for fault in missed]
+
+
+def test_others_stand_beside_ours(bench):
+    report, record = bench("report"), synthetic_record(op="cross_entropy")
+    beside = {name: {"median": time} for name, time in (("stock", 100.0), ("again", 100.0), ("fusedact", 50.0))}
+    phases = {"both": {"times": {"cold": beside | {"Liger": {"median": 75.0}, "torch's chunks": {"median": 40.0}}}}}
+    record["sections"]["peers"] = {"results": {"synthetic op": {"phases": phases}}}
+    record["sections"]["peers"] |= {"seconds": 1.0, "limit": 2.0, "state": ""}
+    assert "| synthetic op | both | 50 | 2000 | 50% | 2.00 |  | 1.50 |  | 0.80 | 2 / 1 |" in report.markdown(record)
+    assert report.failures(record) == ["synthetic op, both: missed: torch's chunks 0.800"]
+
+
+def test_what_is_not_there_or_fails_is_left_out(bench, monkeypatch):
+    measure, cases, peers, timing = (bench(name) for name in ("measure", "cases", "peers", "timing"))
+
+    def absent(case):
+        raise ImportError("no such package")
+
+    def overwriting(case):
+        def loss(x, target):
+            value = torch.nn.functional.cross_entropy(x, target)
+            x.data.zero_()
+            return value
+
+        return loss
+
+    found = {"absent": peers.Peer(absent), "there": peers.Peer(overwriting, overwrites=True)}
+    monkeypatch.setitem(peers.PEERS, "cross_entropy", found)
+    result = measure.measure_peers(cases.Case("cross_entropy", (4, 5), "float32"), torch.device("cpu"), timing.DRY)
+    assert result["verdict"] == "accurate"
+    assert result["without"] == {"absent": "ImportError: no such package"}
+    assert set(result["phases"]) == {"forward", "both"}
+    assert {"stock", "fusedact", "there"} < set(result["phases"]["both"]["times"]["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"), [("cross_entropy", (7, 5)), ("linear_cross_entropy", (7, 3, 5)), ("linear_bce", (7, 3))]
+)
+def test_the_truth_of_a_loss_is_its_pieces(bench, monkeypatch, op, shape):
+    measure, case = bench("measure"), bench("cases").Case(op, shape, "float32")
+    table = bench("ops").OPS[op]
+    x, target = table.inputs(case)
+    stock = table.module(torch.nn, case)
+    x.requires_grad_(table.input_gradient)
+    wanted = tuple(t for t in (x, *stock.parameters()) if t.requires_grad)
+    run = bench("contenders").Contender(stock, (x, target), wanted)
+    whole = measure._truth(case, run, torch.ones(()))
+    monkeypatch.setattr(measure, "PIECE", 10)
+    pieces = measure._truth(case, run, torch.ones(()))
+    assert len(whole) == 1 + len(wanted)
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other)
+    assert max(measure._errors(run, torch.ones(()), pieces)) < 1e-5
 
 
 def test_readme_table_comes_from_the_newest_record(bench, tmp_path):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +35,16 @@ MATRIX = {
 }
 SHORTEST_ASYNCHRONOUS = 64  # rows of a tile; a shorter one takes the warp's own instruction
 ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "tf32x3": 4, "fp32": 4, "fp64": 8}
-KEPT = {"training_layers_train": 8}  # bytes of stack on sm_100: two stores a launch or, in the head, a step
+KEPT = {  # bytes of stack on sm_100: two stores a launch or, in the head, a step; or a store and a load a row
+    "training_layers_train": 8,
+    "cross_entropy_overwrite_with_gradient": 8,
+}
 BARRIERS = {  # of programs that wait for each other: before the first step, and one after each phase
     "training_layers_train": lambda shape: 2 * (len(shape) - 2),
     "training_single_train": lambda shape: 1,
 }
 GATHERS = ("nll_forward",)  # given a table of which it reads one number a row
+ADDED_APART = ("linear_bce_forward", "linear_bce_backward")  # whose partial sums may take a second launch
 NARROW_LOADS = 8  # of a bias, a slope, targets and partial sums; all of it in each phase of a trainer
 # By how much the committed report may be passed before someone must write it anew and so see what was lost. One
 # version of Triton compiles one source alike; a changed line moves registers by the few that are allotted together,
@@ -115,7 +120,7 @@ def violations(report: dict) -> Iterator[str]:
         yield f"grid barriers {report['barriers']}, {report['looks']} loops and {report['stray']} more, not {barriers}"
     if barriers and not sum(report["barriers"]):
         yield "no load after a grid barrier"
-    if report["launches"] != 1:
+    if report["launches"] != 1 and report["launcher"] not in ADDED_APART:
         yield f"{report['launches']} launches"
     unequal = report["launcher"] in (*GATHERS, *BARRIERS)  # the latter exchange what no formula has
     if not unequal and report["bytes_given"] > 1.05 * report["bytes"] + 2**16:
@@ -301,11 +306,19 @@ TILES_LOADED = ["LDG.E.128"] * ((128 + 256) * 64 * 2 // (16 * 8 * 32))  # by 8 w
 CYCLES = {"bf16": STEP_FLOPS / 4096, "tf32": STEP_FLOPS / 2048, "tf32x3": 3 * STEP_FLOPS / 2048}  # of an sm_90
 
 
+def launched(programs, shared=0, num_warps=8) -> codegen.Launch:
+    return codegen.Launch(SimpleNamespace(metadata=SimpleNamespace(num_warps=num_warps, shared=shared)), programs, 0)
+
+
+def text(code, registers=0) -> assembly.Assembly:
+    """A kernel that is nothing but its loop."""
+    return assembly.Assembly(registers=registers, spills=0, mnemonics=code, step=code, events="")
+
+
 def estimated(precision, config, code, programs, least_bytes, flops) -> float:
     """Seconds on an sm_90 of a kernel of 8 warps whose loop is that code."""
     case = codegen_cases.Case(codegen_launchers.linear_forward, precision, ())
-    launch = codegen.Launch(SimpleNamespace(metadata=SimpleNamespace(num_warps=8)), programs, 0)
-    read = assembly.Assembly(registers=0, spills=0, mnemonics=code, step=code, events="")
+    launch, read = launched(programs), text(code)
     return codegen.estimate(
         codegen.CHIPS["sm_90"], case, codegen_launchers.Work(config, least_bytes, flops), launch, read
     )
@@ -327,18 +340,50 @@ def test_the_estimate_of_a_product(precision, config, code, programs, steps, cyc
     assert estimated(precision, config, code, programs, 0, steps * STEP_FLOPS) == pytest.approx(cycles / 1.46e9)
 
 
+PASS = 16 * 2 * 8 * 32  # bytes that 8 warps load and store in a pass of MOVES
+MOVES = ["LDG.E.128", "STG.E.128"]
+TRANSFER = PASS / (4.3e12 / 132 / 1.46e9)  # cycles
+
+
 @pytest.mark.parametrize(
-    ("code", "programs", "seconds"),
+    ("code", "programs", "cycles"),
     [
-        (["LDG.E.128", "FFMA", "STG.E.128"], 264, 2**30 / 4.3e12),
-        (["LDG.E.128", "STG.E.128"] + ["FFMA"] * 998, 264, 2**30 / (32 * 32) * 1000 / 4 / 132 / 1.46e9),
-        (["LDG.E.128", "STG.E.128"] + ["FFMA"] * 998, 131, 0),
+        ([*MOVES, "BAR.SYNC"], 132 * 8, TRANSFER),
+        ([*MOVES, "BAR.SYNC"], 132 * 2, (1000 + 3 * 8 / 4 + TRANSFER) / 2),
+        ([*MOVES, "FFMA"], 132 * 2, (1000 + 3 + TRANSFER / 8) / 2),
+        (MOVES + ["FFMA"] * 998, 132 * 8, 1000 * 8 / 4),
+        (MOVES + ["FFMA"] * 998, 131, 0),
         (["FFMA"] * 1000, 264, 0),
     ],
-    ids=["bytes", "instructions", "few programs", "no loads"],
+    ids=["bytes", "latency", "latency of warps that drift apart", "instructions", "few programs", "no loads"],
 )
-def test_the_estimate_without_a_product(code, programs, seconds):
-    assert estimated("bf16", SimpleNamespace(), code, programs, 2**30, 0) == pytest.approx(seconds)
+def test_the_estimate_without_a_product(code, programs, cycles):
+    seconds = 1000 * cycles / 1.46e9  # a thousand passes on each multiprocessor
+    assert estimated("bf16", SimpleNamespace(), code, programs, 132 * 1000 * PASS, 0) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "num_warps", "programs", "expected"),
+    [
+        (64, 0, 8, 10**6, 4),
+        (65, 0, 8, 10**6, 3),
+        (24, 60 * 1024, 8, 10**6, 3),
+        (32, 0, 8, 10**6, 8),
+        (16, 0, 1, 10**6, 32),
+        (16, 0, 1, 133, 2),
+        (255, 0, 32, 10**6, 1),
+    ],
+    ids=["registers", "registers by eights", "shared memory", "threads", "programs", "grid", "one at least"],
+)
+def test_resident_programs(registers, shared, num_warps, programs, expected):
+    launch = launched(programs, shared, num_warps)
+    assert codegen.resident(codegen.CHIPS["sm_90"], launch, text([], registers)) == expected
+
+
+def test_instructions_are_told_for_each_element():
+    report = codegen.Report("", "sm_90", "", "bf16", (), step_instructions=96, pass_bits=256)
+    assert codegen.per_element(report) == "6.0"
+    assert codegen.per_element(replace(report, flops=1)) == codegen.per_element(replace(report, pass_bits=0)) == ""
 
 
 def test_refuses_the_interpreter():
