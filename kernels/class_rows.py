@@ -49,7 +49,7 @@ def capped(x, softcap):
 
 
 @triton.jit
-def logits(x_ptrs, mask, softcap, ACCUMULATOR: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr = ""):
+def logits(x_ptrs, mask, softcap, ACCUMULATOR: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
     """-inf beyond the edge; WHOLE: beyond the rows alone, where nobody looks at what was loaded."""
     if WHOLE:
         x = capped(tl.load(x_ptrs, mask=mask, eviction_policy=EVICTION).to(ACCUMULATOR), softcap)
@@ -134,7 +134,7 @@ def _add_step(
 def row_statistics(
     x_ptrs, target_ptrs, weight_ptr, mask_rows, stride_xc, stride_tc, stride_weight, smoothing, softcap, C,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ONLINE: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PROBABILITIES: tl.constexpr, SPREAD: tl.constexpr, EVICTION: tl.constexpr = "",
+    ACCUMULATOR: tl.constexpr, PROBABILITIES: tl.constexpr, SPREAD: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Of each row (ROWS,): maximum m and Σ exp(x - m); SPREAD, also Σ k and Σ k (x - m). The row is read once.
 

@@ -124,7 +124,7 @@ def _forward_kernel(
                 weight = tl.load(weight_ptr + target * stride_weight, mask=mask & in_range, other=0.0).to(ACCUMULATOR)
         m, s, k_sum, kx_sum = row_statistics(
             x_ptrs, target_ptrs, weight_ptr, mask, stride_xc, stride_tc, stride_weight, smoothing, softcap, C,
-            ROWS, CHUNKS, LANES, VECTOR, ONLINE, ACCUMULATOR, PROBABILITIES, SPREAD,
+            ROWS, CHUNKS, LANES, VECTOR, ONLINE, ACCUMULATOR, PROBABILITIES, SPREAD, "",
         )  # fmt: skip
         loss, lse, k_sum = row_losses(
             m, s, k_sum, kx_sum, target, x_target, weight, smoothing, z_loss, C, PROBABILITIES, ACCUMULATOR

@@ -75,7 +75,7 @@ def _backward_kernel(
             dloss = dloss * tl.load(sample_ptrs, mask=mask_b, other=0.0).to(ACCUMULATOR)
 
     x_ptrs = x_ptr + a * stride_xa + b[:, None] * stride_xb + cols[None, :] * stride_xc
-    x = logits(x_ptrs, mask, softcap, ACCUMULATOR, False)
+    x = logits(x_ptrs, mask, softcap, ACCUMULATOR, False, "")
     p = tl.exp2((x - base[:, None]) * LOG2_E) * (1.0 / s)[:, None]
     target_ptrs = target_ptr + a * stride_ta + b * stride_tb
     counts = mask_b
@@ -114,7 +114,7 @@ def _backward_kernel(
             dx += p * dlse[:, None]
         if softcap is not None:
             y = x * (1.0 / softcap)
-            dx = dx * (1.0 - y * y)
+            dx = tl.where(dx == 0.0, dx, dx * (1.0 - y * y))  # 0 of an ignored row, whatever its logits
         dx_ptrs = dx_ptr + a * stride_dxa + b[:, None] * stride_dxb + cols[None, :] * stride_dxc
         tl.store(dx_ptrs, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
     if dtarget_ptr is not None:

@@ -237,7 +237,7 @@ def _kernel(
             cols = step_cols(CHUNKS, LANES, VECTOR)
             mask = step_mask(mask_rows, cols, C, False)
             col = cols.to(tl.int64)
-            x = logits(x_ptrs[None, :, None, None] + col * stride_xc, mask, softcap, ACCUMULATOR, False)
+            x = logits(x_ptrs[None, :, None, None] + col * stride_xc, mask, softcap, ACCUMULATOR, False, "")
             m_thread = tl.max(tl.max(x, 3), 0)
             e = tl.exp2((x - finite_or_0(m_thread)[None, :, :, None]) * LOG2_E)
             m = tl.max(m_thread, 1)

@@ -27,7 +27,6 @@ def _scale_kernel(
     y_ptr,  # (n_y,) or None
     z_ptr,  # (n_z,) or None
     factor_ptr,  # (1,)
-    scale_ptr,  # (1,) or None
     n_x,
     n_y,
     n_z,
@@ -36,8 +35,6 @@ def _scale_kernel(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(factor_ptr).to(ACCUMULATOR)
-    if scale_ptr is not None:
-        factor *= tl.load(scale_ptr).to(ACCUMULATOR)
     if factor != 1.0:
         _multiply(x_ptr, n_x, factor, BLOCK, EVEN)
         if y_ptr is not None:
@@ -55,8 +52,8 @@ def _multiply(x_ptr, n, factor, BLOCK: tl.constexpr, EVEN: tl.constexpr):
         tl.store(x_ptr + offsets, narrow(x.to(factor.dtype) * factor, x.dtype), mask=mask)
 
 
-def in_place(tensors, factor, scale=None):
-    """One to three tensors, whose memory has no gaps, times factor and scale, numbers of one element. One launch.
+def in_place(tensors, factor):
+    """One to three tensors, whose memory has no gaps, times factor, a number of one element. One launch.
 
     In float64 are all of them or none.
     """
@@ -67,7 +64,7 @@ def in_place(tensors, factor, scale=None):
     missing = 3 - len(tensors)
     launch(
         _scale_kernel, (min(PROGRAMS, cdiv(max(sizes), config.block)),),
-        *tensors, *[None] * missing, factor, scale,
+        *tensors, *[None] * missing, factor,
         *sizes, *[0] * missing,
         ACCUMULATOR=accumulator(wide(tensors[0].dtype)),
         BLOCK=config.block, EVEN=all(n % config.block == 0 for n in sizes),

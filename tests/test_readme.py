@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cpu, saved
+from bench import cpu, memory, saved
 from fusedact.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +47,7 @@ def test_cpu_figures_are_the_records():
 
 def test_saved_bytes_are_what_is_counted():
     assert saved.rendered(README) == README
+
+
+def test_what_losses_hold_is_what_the_record_says():
+    assert memory.rendered(README) == README

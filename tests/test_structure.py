@@ -102,6 +102,15 @@ def room_of(path: Path) -> str:
 
 
 @each_kernel
+def test_no_device_function_has_a_default_that_is_text(path):
+    """Triton 3.6 takes only numbers and functions for constants there; its interpreter takes any."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(name) for name in node.decorator_list):
+            defaults = [d for d in (*node.args.defaults, *node.args.kw_defaults) if isinstance(d, ast.Constant)]
+            assert not any(isinstance(d.value, str) for d in defaults), f"{relative(path)}:{node.lineno}"
+
+
+@each_kernel
 def test_kernels_import_only_torch_triton_and_themselves(path):
     allowed = {"torch", "triton", *sys.stdlib_module_names} - {"os", "sys", "subprocess", "importlib"}
     wrong = [f"line {line}: {name}" for line, name in imports(path) if name.split(".")[0] not in {"", *allowed}]

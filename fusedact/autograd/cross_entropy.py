@@ -178,7 +178,7 @@ def _early_launch(
 
     tensors, options = (logits, target, weight, sample_weight), (label_smoothing, z_loss, softcap)
     if not any(wanted):
-        return _launch(*tensors, ignore_index, reduction, *options, False, False)[0], None, None
+        return _launch(*tensors, ignore_index, reduction, *options, False, False)[0], None
     classes = logits.shape[min(1, logits.dim() - 1)]
     config = cross_entropy.gradient_tile(
         classes,
@@ -190,12 +190,12 @@ def _early_launch(
         cross_entropy.rows_after(logits),
     )
     loss, dx = cross_entropy.forward_with_gradient(*tensors, ignore_index, reduction, *options, config)
-    return loss, None, dx
+    return loss, dx
 
 
 def _early_fake(logits, *others):
     (want,) = others[-1]
-    return logits.new_empty(()), None, logits.new_empty(logits.shape) if want else None
+    return logits.new_empty(()), logits.new_empty(logits.shape) if want else None
 
 
 def _early_formula(*args):

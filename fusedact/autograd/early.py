@@ -21,10 +21,9 @@ from fusedact.backend import PLAIN
 class EarlyOp:
     """A loss: its arguments are `tensors` tensors (or None), then options that a schema can carry.
 
-    The first `learned` of the tensors may want gradients. launch(*args, wanted) gives the loss, a number of one element
-    that its gradients must still be multiplied by, or None, and a gradient for each of the `learned`: None where it is
-    not wanted, and for all of them where `late_only(options)`: there late(dloss, *args, wanted) gives the gradients for
-    that dloss. `composite(*args)` is the loss in torch's own operations.
+    The first `learned` of the tensors may want gradients. launch(*args, wanted) gives the loss and a gradient for each:
+    None where it is not wanted, and for all of them where `late_only(tensors, options)`. There late(dloss, *args,
+    wanted) gives the gradients for that dloss. `composite(*args)` is the loss in torch's own operations.
 
     schema names the arguments before `wanted`. A registered op gives an empty tensor for each None.
     """
@@ -37,12 +36,12 @@ class EarlyOp:
     fake: Callable[..., tuple[Tensor | None, ...]]
     composite: Callable[..., Tensor]
     late: Callable[..., tuple[Tensor | None, ...]] | None = None
-    late_only: Callable[[tuple], bool] = lambda options: False
+    late_only: Callable[[Sequence, tuple], bool] = lambda tensors, options: False
 
     def register(self) -> Callable[..., Tensor]:
         """Register the op and its late gradients with torch; return the function that goes through the doors."""
         gradients = ", ".join(["Tensor"] * self.learned)
-        schema = f"({self.schema}, bool[] wanted) -> (Tensor, Tensor, {gradients})"
+        schema = f"({self.schema}, bool[] wanted) -> (Tensor, {gradients})"
         forward_op = define(self.name, schema, self.launch, self.fake)
         late_op = self._late_op(self.late, gradients) if self.late else None
         torch.library.register_autograd(
@@ -79,7 +78,7 @@ class EarlyOp:
     def _function(self) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Tensor:
             wanted = list(ctx.needs_input_grad[: self.learned])
-            loss, ctx.scale, *ctx.gradients = self.launch(*args, wanted)
+            loss, *ctx.gradients = self.launch(*args, wanted)
             ctx.options = args[self.tensors :]
             ctx.save_for_backward(*args[: self.tensors])
             ctx.set_materialize_grads(False)
@@ -97,12 +96,12 @@ class EarlyOp:
             dloss = dloss.resolve_neg()
             if self._must_be_differentiable(dloss):
                 return self._differentiated(tensors, options, wanted, dloss) + others
-            if late is not None and self.late_only(options):
+            if late is not None and self.late_only(tensors, options):
                 return tuple(late(dloss, *tensors, *options, wanted)) + others
             held, ctx.gradients = ctx.gradients, None
             if held is None:
-                held = launch(*tensors, *options, wanted)[2:]
-            _multiply(held, dloss, ctx.scale)
+                held = launch(*tensors, *options, wanted)[1:]
+            _multiply(held, dloss)
             return tuple(held) + others
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -125,28 +124,26 @@ class EarlyOp:
         ctx.save_for_backward(*args[: self.tensors], *output[1:])
 
     def _registered_gradients(self, ctx: Any, dloss: Tensor, late_op: Callable | None) -> tuple[Tensor | None, ...]:
-        tensors, (scale, *gradients) = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
+        tensors, gradients = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
         others = (None,) * (self.tensors - self.learned + len(ctx.options))
         if self._must_be_differentiable(dloss):
             return self._differentiated(tensors, ctx.options, ctx.wanted, dloss) + others
-        if late_op is not None and self.late_only(ctx.options):
+        if late_op is not None and self.late_only(tensors, ctx.options):
             gradients = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
         else:
-            factor = dloss * scale.view(()) if scale.numel() else dloss
-            gradients = [gradient * factor for gradient in gradients]
+            factor = dloss.to(backend.wide(dloss.dtype))
+            gradients = [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
         return tuple(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)) + others
 
 
-def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor, scale: Tensor | None) -> None:
-    """Each in place by dloss and scale; on a CPU only where these are not 1."""
+def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor) -> None:
+    """Each in place by dloss, which may exceed their dtype; on a CPU only where it is not 1."""
     held = [gradient for gradient in gradients if gradient is not None]
     if backend.uses_triton(held[0]):
-        from fusedact.kernels import scale as kernel
+        from fusedact.kernels import scale
 
         with backend.on_device(held[0]):
-            kernel.in_place(held, dloss, scale)
-    else:
-        factor = dloss if scale is None else dloss * scale.view(())
-        if held[0].is_cuda or factor != 1:
-            for gradient in held:
-                gradient.mul_(factor)
+            scale.in_place(held, dloss)
+    elif held[0].is_cuda or dloss != 1:
+        for gradient in held:
+            gradient.copy_(gradient.to(backend.wide(gradient.dtype)) * dloss)

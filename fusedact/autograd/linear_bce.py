@@ -41,13 +41,13 @@ def _launch(
     divisor = None if reduction == "none" else _divisor(target, reduction)
     wanted = [False] * 3 if late else wanted
     loss, *grads = linear_bce.forward(x, w, b, target, weight, pos_weight, divisor, wanted, _tile(x))
-    return loss, None, *grads
+    return loss, *grads
 
 
 def _fake(x, w, b, target, weight, pos_weight, reduction, late, wanted):
     loss = target.new_empty(target.shape if reduction == "none" else ())
     grads = (t.new_empty(t.shape) if want and not late else None for t, want in zip((x, w, b), wanted, strict=True))
-    return loss, None, *grads
+    return loss, *grads
 
 
 def _late(
@@ -95,7 +95,7 @@ _OP = EarlyOp(
     fake=_fake,
     late=_late,
     composite=_composite,
-    late_only=lambda options: options[1],
+    late_only=lambda tensors, options: options[1],
 ).register()
 
 

@@ -16,7 +16,6 @@ from fusedact.autograd.early import EarlyOp
 CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # of a chunk's logits
 LEAST_ROWS = {"cuda": 2048, "cpu": 1}  # whatever their bytes: fewer would leave the products waiting for W
 WHOLE_ROWS = 128  # of which a chunk is a multiple
-LARGEST_SHARE = 2.0**12
 
 
 def chunk_rows(x: Tensor, classes: int, asked: int) -> int:
@@ -55,31 +54,31 @@ def _launch(
 ) -> tuple[Tensor | None, ...]:
     tensors = x, linear_weight, linear_bias, target, weight, sample_weight
     numbers = label_smoothing, z_loss, softcap
-    if reduction == "none":
+    if _late_only(tensors, (ignore_index, reduction)):
         wanted = [False] * 3
     if not any(wanted) and backend.uses_triton(x) and not target.is_floating_point():
-        return _without_logits(*tensors, ignore_index, reduction, *numbers), None, None, None, None
+        return _without_logits(*tensors, ignore_index, reduction, *numbers), None, None, None
     total: Tensor | None = None
-    shared = scale = total
     if reduction == "mean":
-        total = shared = _total(target, weight, sample_weight, ignore_index, backend.wide(x.dtype))
-        if _is_shared(x, reduction, wanted):
-            share = total.clamp(1 / LARGEST_SHARE, LARGEST_SHARE)
-            shared, scale = total / share, 1 / share
-    losses, *gradients = _by_chunks(*tensors, shared, ignore_index, *numbers, chunk, wanted)
+        total = _total(target, weight, sample_weight, ignore_index, backend.wide(x.dtype))
+    losses, *gradients = _by_chunks(*tensors, total, ignore_index, *numbers, chunk, wanted)
     loss = losses if reduction == "none" else losses.sum()
-    return loss if total is None else loss / total.view(()), scale, *gradients
+    return loss if total is None else loss / total.view(()), *gradients
 
 
-def _is_shared(x: Tensor, reduction: str, wanted: list[bool]) -> bool:
-    """Whether gradients are divided in two steps, the second with dloss: in float16 a mean's would vanish."""
-    return x.dtype == torch.float16 and reduction == "mean" and any(wanted)
+def _late_only(tensors, options):
+    """Whether gradients wait for dloss: it has a number for each row; or it alone keeps sums of float16 in range."""
+    return options[1] == "none" or tensors[0].dtype == torch.float16
 
 
-def _late(dloss, x, linear_weight, linear_bias, target, weight, sample_weight, ignore_index, _, *others):
-    """The gradients of a loss for each row: dloss multiplies it as its sample weight does."""
-    dlosses = dloss.to(backend.wide(x.dtype))
-    dlosses = dlosses if sample_weight is None else dlosses * sample_weight
+def _late(dloss, x, linear_weight, linear_bias, target, weight, sample_weight, ignore_index, reduction, *others):
+    """The gradients for that dloss, which multiplies a row's loss as its sample weight does."""
+    dlosses = dloss.to(backend.wide(x.dtype)).expand(len(x))
+    if reduction == "mean":
+        dlosses = dlosses / _total(target, weight, sample_weight, ignore_index, dlosses.dtype)
+        if not target.is_floating_point():
+            dlosses = dlosses.masked_fill(target == ignore_index, 0)  # where no row counts it is inf
+    dlosses = dlosses.contiguous() if sample_weight is None else dlosses * sample_weight
     return _by_chunks(x, linear_weight, linear_bias, target, weight, dlosses, None, ignore_index, *others)[1:]
 
 
@@ -235,16 +234,11 @@ def _formula(x, linear_weight, linear_bias, *tensors_and_options):
 
 def _fake(x, linear_weight, linear_bias, *others):
     *_, reduction, _, _, _, _, wanted = others
-    if reduction == "none":
-        wanted = [False] * 3
-    dtype = backend.wide(x.dtype)
+    early = not _late_only((x,), (None, reduction))
+    likes = zip((x, linear_weight, linear_bias), wanted, strict=True)
     return (
-        x.new_empty(len(x) if reduction == "none" else (), dtype=dtype),
-        x.new_empty(1, dtype=dtype) if _is_shared(x, reduction, wanted) else None,
-        *(
-            t.new_empty(t.shape) if want else None
-            for t, want in zip((x, linear_weight, linear_bias), wanted, strict=True)
-        ),
+        x.new_empty(len(x) if reduction == "none" else (), dtype=backend.wide(x.dtype)),
+        *(t.new_empty(t.shape) if want and early else None for t, want in likes),
     )
 
 
@@ -258,5 +252,5 @@ linear_cross_entropy = EarlyOp(
     fake=_fake,
     late=_late,
     composite=_formula,
-    late_only=lambda options: options[1] == "none",
+    late_only=_late_only,
 ).register()

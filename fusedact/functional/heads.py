@@ -144,7 +144,7 @@ def _in_eager(head: _Head) -> bool:
         return False
     device = head.input.device
     tensors = [t for t in head if t is not None]
-    plain = all(type(t) in PLAIN and t.layout is STRIDED and not t.is_nested for t in tensors)
+    plain = all(type(t) in PLAIN and t.layout is STRIDED and not (t.is_nested or t.is_neg()) for t in tensors)
     return plain and device.type in ("cpu", "cuda") and all(t.device == device for t in tensors)
 
 

@@ -81,5 +81,7 @@ class LinearCrossEntropyLoss(_Base):
                 "ignore_index": self.ignore_index,
                 "label_smoothing": self.label_smoothing,
                 "options": self.options,
+                **({"z_loss": self.z_loss} if self.z_loss else {}),
+                **({"softcap": self.softcap} if self.softcap is not None else {}),
             }.items()
         )
