@@ -46,10 +46,12 @@ def linear_cross_entropy(
     batch_chunk_size, the rows of a chunk. weight, reduction, ignore_index (None: -100), label_smoothing, z_loss,
     softcap and sample_weight as in `cross_entropy`.
 
-    Where gradients are wanted they are made with the loss, and a backward hands them over; a second one through the
-    same graph (retain_graph) makes them anew, and create_graph takes torch's own formula, whose logits are whole. Where
-    none are wanted no logits are stored. Without Triton the chunks are torch's own operations, from 64 MB of logits on.
-    Where `fusedact tune --head` found torch's own chunks faster, these run, which have no second derivative.
+    Gradients that are wanted of a mean or a sum are made with the loss, and a backward hands them over; a second one
+    through the same graph (retain_graph) makes them anew. Without a reduction, and in float16, backward makes them from
+    logits taken once more. create_graph takes torch's own formula, whose logits are whole. Where none are wanted,
+    Triton stores no logits of a class target. Without Triton the chunks are torch's own operations, from 64 MB of
+    logits on. Where `fusedact tune --head` found torch's own chunks faster, these run, which have no second derivative.
+    Checkpointed, a head would make its gradients twice and hold the first.
 
     Raises torch.nn.functional.linear_cross_entropy's errors, whether this torch has it or not, and cross_entropy's.
     Source: torch.nn.functional.linear_cross_entropy.
