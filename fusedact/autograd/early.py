@@ -131,8 +131,7 @@ class EarlyOp:
         if late_op is not None and self.late_only(tensors, ctx.options):
             gradients = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
         else:
-            factor = dloss.to(backend.wide(dloss.dtype))
-            gradients = [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
+            gradients = [(g.to(backend.wide(g.dtype)) * dloss).to(g.dtype) for g in gradients]
         return tuple(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)) + others
 
 
@@ -146,4 +145,8 @@ def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor) -> None:
             scale.in_place(held, dloss)
     elif held[0].is_cuda or dloss != 1:
         for gradient in held:
-            gradient.copy_(gradient.to(backend.wide(gradient.dtype)) * dloss)
+            wide = backend.wide(gradient.dtype)
+            if gradient.dtype == wide:
+                gradient.mul_(dloss)
+            else:
+                gradient.copy_(gradient.to(wide) * dloss)
