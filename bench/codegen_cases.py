@@ -15,6 +15,8 @@ from bench.codegen_launchers import (
     chain_backward,
     channels_backward,
     channels_forward,
+    gated_backward,
+    gated_forward,
     linear_dw,
     linear_dx,
     linear_forward,
@@ -166,6 +168,18 @@ CASES = (
     Case(activation_backward, "fp32", (2**26,), {"activation": "softsign"}),
     Case(activation_backward, "fp32", (8192, 8192), {"activation": "prelu"}),
     Case(activation_backward, "fp64", (1024, 1024), {"activation": "prelu", "slopes": 1}),
+    *(
+        Case(launcher, precision, shape, options)
+        for launcher in (gated_forward, gated_backward)
+        for precision, shape, options in (
+            ("bf16", (8192, 14336), {}),
+            ("bf16", (8192, 14336), {"halves": True}),
+            ("bf16", (8192, 14336), {"activation": "gelu", "halves": True}),
+            ("bf16", (8191, 14320), {"activation": "gelu_tanh"}),
+            ("fp32", (8192, 14336), {}),
+            ("fp64", (1024, 1024), {"activation": "elu"}),
+        )
+    ),
     Case(cross_entropy_forward, "bf16", (32768, 10)),
     Case(cross_entropy_forward, "bf16", (32768, 1000)),
     Case(cross_entropy_forward, "bf16", (4096, 32000)),

@@ -17,6 +17,7 @@ from fusedact.kernels import (
     bias_activation,
     chain,
     elementwise,
+    gated,
     linear,
     scale,
     training,
@@ -167,6 +168,26 @@ def activation_backward(chip, p, *shape, activation="relu", slopes=None, channel
     act_grad = getattr(device, f"{activation}_grad")
     elementwise.backward(torch.empty_like(x), x, act_grad, act_params, slope, True, slope is not None, config)
     return Work(config, 3 * x.nbytes)
+
+
+def gated_pair(p, rows, columns, halves):
+    """gate and up, which may be the two halves of one tensor."""
+    return p.empty(rows, 2 * columns).chunk(2, -1) if halves else (p.empty(rows, columns), p.empty(rows, columns))
+
+
+def gated_forward(chip, p, *shape, activation="silu", halves=False):
+    config = elementwise.tile(p.dtype.itemsize)
+    gate, up = gated_pair(p, *shape, halves)
+    gated.forward(gate, up, getattr(device, activation), parameters(activation, None)[0], config)
+    return Work(config, 3 * gate.nbytes)
+
+
+def gated_backward(chip, p, *shape, activation="silu", halves=False):
+    config = elementwise.tile(p.dtype.itemsize)
+    gate, up = gated_pair(p, *shape, halves)
+    functions = getattr(device, activation), getattr(device, f"{activation}_grad"), parameters(activation, None)[0]
+    gated.backward(torch.empty_like(gate), gate, up, *functions, True, True, config)
+    return Work(config, 5 * gate.nbytes)
 
 
 def scale_in_place(chip, p, n):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
+from fusedact import functional
 from fusedact.activations import ACTIVATIONS
 
 PHASES = ("forward", "backward", "both")
@@ -94,32 +95,56 @@ def _chain_backward(case: Case) -> Work:
     return _linear_backward(case) + _linear_backward(replace(case, shape=(M, K, N))) + saved
 
 
-def _conv2d_module(nn: ModuleType, case: Case) -> torch.nn.Module:
-    _, inputs, outputs, _, kernel = case.shape
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding="same"), ACTIVATIONS[case.activation].build())
+def _convolution_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    _, inputs, outputs, *sizes, kernel = case.shape
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+    return nn.Sequential(layer(inputs, outputs, kernel, padding="same"), ACTIVATIONS[case.activation].build())
 
 
-def _conv2d_inputs(case: Case) -> tuple[Tensor]:
-    N, channels, _, size, _ = case.shape
-    return (torch.randn(N, channels, size, size, dtype=case.torch_dtype),)
+def _convolution_inputs(case: Case) -> tuple[Tensor]:
+    N, channels, _, *sizes, _ = case.shape
+    return (torch.randn(N, channels, *sizes, dtype=case.torch_dtype),)
 
 
-def _conv2d_formula(case: Case) -> Callable[..., Tensor]:
+def _convolution_formula(case: Case) -> Callable[..., Tensor]:
     activation = ACTIVATIONS[case.activation]
     parameters = activation.parameters({})
-    return lambda x, w, b: activation.reference(F.conv2d(x, w, b, padding="same"), *parameters)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[len(case.shape) - 5]
+    return lambda x, w, b: activation.reference(convolution(x, w, b, padding="same"), *parameters)
 
 
-def _conv2d_work(passes: int, products: int) -> Callable[[Case], Work]:
+def _convolution_work(passes: int, products: int) -> Callable[[Case], Work]:
     """Passes over x, W and y each, with b, and products as torch takes them."""
 
     def work(case: Case) -> Work:
-        N, inputs, outputs, size, kernel = case.shape
-        places, weights = N * size**2, inputs * outputs * kernel**2
+        N, inputs, outputs, *sizes, kernel = case.shape
+        places, weights = N * prod(sizes), inputs * outputs * kernel ** len(sizes)
         elements = passes * (places * (inputs + outputs) + weights) + outputs
         return Work(elements * case.torch_dtype.itemsize, products * 2 * places * weights)
 
     return work
+
+
+class GatedPair(torch.nn.Module):
+    """function(gate, up), of which up is a parameter here, so that both get their gradient."""
+
+    def __init__(self, function: Callable[..., Tensor], up: Tensor):
+        super().__init__()
+        self.function, self.up = function, torch.nn.Parameter(up)
+
+    def forward(self, gate: Tensor) -> Tensor:
+        return self.function(gate, self.up)
+
+
+def _gated_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    fused = partial(functional.gated, activation=case.activation)
+    return GatedPair(_gated_formula(case) if nn is torch.nn else fused, _logits(case))
+
+
+def _gated_formula(case: Case) -> Callable[..., Tensor]:
+    activation = ACTIVATIONS[case.activation]
+    parameters = activation.parameters({})
+    return lambda gate, up: activation.reference(gate, *parameters) * up
 
 
 def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Callable[[Case], Work]:
@@ -240,12 +265,12 @@ OPS = {
         forward=_chain_forward,
         backward=_chain_backward,
     ),
-    "conv2d_act": Op(
-        module=_conv2d_module,
-        inputs=_conv2d_inputs,
-        formula=_conv2d_formula,
-        forward=_conv2d_work(1, products=1),
-        backward=_conv2d_work(2, products=2),  # reads dy, y, x and W, writes dx, dW and db
+    "convolution_act": Op(
+        module=_convolution_module,
+        inputs=_convolution_inputs,
+        formula=_convolution_formula,
+        forward=_convolution_work(1, products=1),
+        backward=_convolution_work(2, products=2),  # reads dy, y, x and W, writes dx, dW and db
     ),
     "cross_entropy": Op(
         module=lambda nn, case: nn.CrossEntropyLoss(),
@@ -341,6 +366,13 @@ OPS = {
         backward=_binary_head_work(0, flops=2),  # dW, from the row that is there
         phases=EARLY,
         input_gradient=False,  # it is data
+    ),
+    "gated": Op(
+        module=_gated_module,
+        inputs=lambda case: (_logits(case),),
+        formula=_gated_formula,
+        forward=_loss_work(2, 1, flops=5),  # exponential, sum, quotient, two products
+        backward=_loss_work(3, 2, flops=10),
     ),
     "prelu": Op(
         module=lambda nn, case: nn.PReLU(case.shape[1]),

@@ -45,7 +45,7 @@ class Walk(NamedTuple):
 
 
 @triton.jit
-def _places(tile_b, tile_c, tile_a, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr):
+def tile_places(tile_b, tile_c, tile_a, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr):
     """A tile's places along each dimension: (BLOCK_B, 1, 1), (1, BLOCK_C, 1) and (1, 1, BLOCK_A)."""
     b = tl.cast(tile_b, tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     c = tl.cast(tile_c, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -78,7 +78,7 @@ def _forward_kernel(
     tiles_a = blocks_of(A, BLOCK_A)
     rest = tl.program_id(0) // tiles_a
     tiles_c = blocks_of(C, BLOCK_C)
-    b, c, a = _places(rest // tiles_c, rest % tiles_c, tl.program_id(0) % tiles_a, BLOCK_B, BLOCK_C, BLOCK_A)
+    b, c, a = tile_places(rest // tiles_c, rest % tiles_c, tl.program_id(0) % tiles_a, BLOCK_B, BLOCK_C, BLOCK_A)
     mask = (b < B) & (c < C) & (a < A)
     x_ptrs = x_ptr + b * stride_xb + c * stride_xc + a * stride_xa
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -129,7 +129,7 @@ def _backward_kernel(
     summed = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_A), ACCUMULATOR)
     for i in range(tiles_per_program):
         number = tl.cast(share, tl.int64) * tiles_per_program + i
-        b, c, a = _places(number // tiles_a, pid_c, number % tiles_a, BLOCK_B, BLOCK_C, BLOCK_A)
+        b, c, a = tile_places(number // tiles_a, pid_c, number % tiles_a, BLOCK_B, BLOCK_C, BLOCK_A)
         mask = (b < B) & (c < C) & (a < A)
         dy_ptrs = dy_ptr + b * stride_dyb + c * stride_dyc + a * stride_dya
         saved_ptrs = saved_ptr + b * stride_sb + c * stride_sc + a * stride_sa
@@ -212,7 +212,7 @@ def _block(sizes, even, elements):
     return block_b, block_c, block_a
 
 
-def _walkable(result, inputs, slope, elements):
+def walkable(result, inputs, slope, elements):
     """A walk, and the inputs, copied to the result's layout where there is none otherwise."""
     found = walk(result, inputs, slope, elements)
     if found is None:
@@ -230,7 +230,7 @@ def forward(x, act, params, slope, config):
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    plan, (x,) = _walkable(y, [x], slope, config.elements)
+    plan, (x,) = walkable(y, [x], slope, config.elements)
     y_strides, x_strides = plan.strides
     launch(
         _forward_kernel, (plan.tiles(0) * plan.tiles(1) * plan.tiles(2),),
@@ -252,7 +252,7 @@ def backward(dy, saved, act_grad, params, slope, want_dx, want_dslope, config):
     dslope = slope.new_empty(slope.shape) if want_dslope else None
     if saved.numel() == 0:
         return dx, dslope if dslope is None else dslope.zero_()
-    plan, (dy, saved) = _walkable(like, [dy, saved], slope, config.elements)
+    plan, (dy, saved) = walkable(like, [dy, saved], slope, config.elements)
     blocks_c = plan.tiles(1)
     per_program, shares = 1, plan.tiles(0) * plan.tiles(2)
     one_slope = slope is not None and slope.numel() == 1

@@ -76,6 +76,11 @@ def alone(function, shape, *options, dtype=torch.float32, slopes=None, memory_fo
     y.backward(torch.zeros_like(y))
 
 
+def gated(shape, dtype, activation, **parameters):
+    gate, up = torch.zeros(shape, dtype=dtype, requires_grad=True).chunk(2, -1)
+    F.gated(gate, up, activation, **parameters).sum().backward()
+
+
 def every_function():
     for name, activation in ACTIVATIONS.items():
         x = torch.zeros(40, 8, requires_grad=True)
@@ -145,6 +150,9 @@ CASES = {
         alone, F.prelu, (4, 16, 7, 7), slopes=16, memory_format=torch.channels_last
     ),
     "every activation alone": every_function,
+    "gated": functools.partial(gated, (64, 1024), torch.bfloat16, "silu"),
+    "gated, one number": functools.partial(gated, (2,), torch.float32, "gelu"),
+    "gated, one parameter, float64": functools.partial(gated, (3, 5, 26), torch.float64, "elu", alpha=0.5),
     "softmax of one number": functools.partial(alone, F.softmax, (), 0),
     "softmax of one class": functools.partial(alone, F.softmax, (5, 1), 1),
     "softmax": functools.partial(alone, F.softmax, (64, 1000), -1, dtype=torch.bfloat16),

@@ -165,13 +165,13 @@ def test_launches_and_only_wanted_gradients(wanted, device, launches):
 @pytest.mark.parametrize(("name", "saves_y"), [("relu", True), ("hardtanh", True), ("gelu", False), ("silu", False)])
 def test_what_is_saved_and_where(name, saves_y, device, monkeypatch):
     """x, W and b by reference, and one tensor of y's size; y takes the product's memory unless that is saved."""
-    products, convolution = [], torch.conv2d
+    products, convolution = [], torch.convolution
 
     def spied(*args):
         products.append(convolution(*args))
         return products[-1]
 
-    monkeypatch.setattr(torch, "conv2d", spied)
+    monkeypatch.setattr(torch, "convolution", spied)
     inputs = [t.requires_grad_() for t in tensors(2, 3, 5, 9, 7, 3, device=device)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -235,8 +235,8 @@ def test_opcheck(name, channels_last, device):
     inputs = tensors(2, 3, 5, 9, 7, 3, device=device, channels_last=channels_last)
     inputs.append(torch.rand(5, device=device) if ACTIVATIONS[name].learned else None)
     inputs = [t if t is None else t.requires_grad_() for t in inputs]
-    options = [2, 1], [1, 1], [1, 1], 1, name, [], True
-    torch.library.opcheck(torch.ops.fusedact.conv2d_act.default, (*inputs, *options))
+    options = [2, 1], [1, 1], [1, 1], False, [0, 0], 1, name, [], True
+    torch.library.opcheck(torch.ops.fusedact.convolution_act.default, (*inputs, *options))
 
 
 def test_compiled_whole(device):

@@ -21,7 +21,8 @@ OURS = {
         "BCEWithLogitsLoss",
         "MultiLabelSoftMarginLoss",
         "CrossEntropyLoss",
-        "Conv2d",
+        *(f"Conv{dims}d" for dims in (1, 2, 3)),
+        *(f"ConvTranspose{dims}d" for dims in (1, 2, 3)),
         "Linear",
         "Sequential",
         "functional",
@@ -31,7 +32,8 @@ OURS = {
         "binary_cross_entropy_with_logits",
         "multilabel_soft_margin_loss",
         "cross_entropy",
-        "conv2d",
+        *(f"conv{dims}d" for dims in (1, 2, 3)),
+        *(f"conv_transpose{dims}d" for dims in (1, 2, 3)),
         "linear",
     },
 }
@@ -108,7 +110,7 @@ def test_star_import_gives_both():
         "-c",
         "from fusedact.nn import *; import fusedact.nn, torch\n"
         "assert Linear is fusedact.nn.Linear and functional is fusedact.functional\n"
-        "assert Conv3d is torch.nn.Conv3d and init is torch.nn.init\n"
+        "assert MaxPool3d is torch.nn.MaxPool3d and init is torch.nn.init\n"
         "missing = [n for n in dir(torch.nn) if n[0] != '_' and n not in globals()]\n"
         "assert not missing, missing\n"
         "assert not any(n.startswith('__') and hasattr(torch.nn, n) for n in fusedact.nn.__all__)",
@@ -137,7 +139,8 @@ from fusedact.nn import Parameter, init
 
 x = torch.ones(2, 3, 8, 8)
 reveal_type(nn.Conv2d(3, 4, 1))
-reveal_type(nn.Conv3d(3, 4, 1))
+reveal_type(nn.MaxPool3d(3))
+reveal_type(nn.ConvTranspose3d(3, 4, (1, 2, 2), output_padding=1, activation="relu"))
 reveal_type(nn.functional.relu(x))
 reveal_type(F.cross_entropy(x, x))
 reveal_type(nn.Linear(3, 4, activation="relu"))
@@ -146,11 +149,13 @@ reveal_type(nn.CrossEntropyLoss())
 reveal_type(init.zeros_(Parameter(x)))
 reveal_type(nn.utils.clip_grad_norm_([x], 1.0))
 nn.Linear(3, 4, activation=5)
+nn.Conv1d(3, 4, 1, activation=5)
 nn.Lineal(3, 4)
 """
 REVEALED = [
     "fusedact.nn.convolution.Conv2d",
-    "torch.nn.modules.conv.Conv3d",
+    "torch.nn.modules.pooling.MaxPool3d",
+    "fusedact.nn.convolution.ConvTranspose3d",
     "torch._tensor.Tensor",
     "torch._tensor.Tensor",
     "fusedact.nn.linear.Linear",
@@ -171,9 +176,10 @@ def test_mypy_sees_types(tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split('"')[1] for line in lines if "Revealed type" in line] == REVEALED, done.stdout + done.stderr
     errors = [line.partition(" error: ")[2] for line in lines if "snippet.py" in line and " error: " in line]
-    assert len(errors) == 2, done.stdout
+    assert len(errors) == 3, done.stdout
     assert 'Argument "activation" to "Linear"' in errors[0]
-    assert 'has no attribute "Lineal"' in errors[1]
+    assert 'Argument "activation" to "Conv1d"' in errors[1]
+    assert 'has no attribute "Lineal"' in errors[2]
 
 
 @pytest.mark.parametrize(

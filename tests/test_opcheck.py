@@ -26,6 +26,14 @@ def activation_sample(name):
     return make
 
 
+def gated_sample(name):
+    def make(device):
+        gate, up = torch.randn(4, 5, 12, device=device, requires_grad=True).transpose(0, 1).chunk(2, -1)
+        return torch.ops.fusedact.gated.default, (gate, up, name, list(ACTIVATIONS[name].parameters({})), True)
+
+    return make
+
+
 def cross_entropy_sample(device):
     x = torch.randn(6, 4, device=device, requires_grad=True)
     target = torch.randint(0, 4, (6,), device=device)
@@ -71,6 +79,7 @@ def softmax_sample(kind, dim, dtype):
 SAMPLES = {
     **{name: linear_sample(name) for name in ("relu", "gelu", "prelu", "leaky_relu")},
     **{f"{name} alone": activation_sample(name) for name in ("relu", "gelu", "prelu", "leaky_relu")},
+    **{f"{name}, gated": gated_sample(name) for name in ("silu", "elu")},
     "cross_entropy": cross_entropy_sample,
     "probabilities": probabilities_sample,
     "nll_loss": nll_sample,

@@ -6,10 +6,11 @@ from fusedact.autograd.bce import binary_cross_entropy as binary_cross_entropy
 from fusedact.autograd.bce import multilabel_soft_margin as multilabel_soft_margin
 from fusedact.autograd.chain import can_be_chained as can_be_chained
 from fusedact.autograd.chain import linear_chain as linear_chain
-from fusedact.autograd.convolution import conv2d_act as conv2d_act
+from fusedact.autograd.convolution import convolution_act as convolution_act
 from fusedact.autograd.cross_entropy import cross_entropy as cross_entropy
 from fusedact.autograd.cross_entropy import cross_entropy_early as cross_entropy_early
 from fusedact.autograd.cross_entropy import cross_entropy_formula as cross_entropy_formula
+from fusedact.autograd.gated import gated as gated
 from fusedact.autograd.linear import linear_act as linear_act
 from fusedact.autograd.linear import prefers_stock as prefers_stock
 from fusedact.autograd.linear_bce import fits_in_registers as fits_in_registers

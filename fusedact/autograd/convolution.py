@@ -1,6 +1,10 @@
-"""act(x * W + b) of images. Saves x, W and b by reference, and one of y and the product, to which backward adds b.
+"""act(x * W + b) along one to three dimensions, or by the transposed convolution.
 
-The products are torch's, forward and backward; its product's memory becomes y's where only y is saved.
+Saves x, W and b by reference, and one of y and the product, to which backward adds b. The products are torch's, forward
+and backward; its product's memory becomes y's where only y is saved.
+
+Between the tensors and the activation an op's arguments are the geometry, as torch.convolution takes it: stride,
+padding, dilation, transposed, output_padding, groups.
 """
 
 from collections.abc import Sequence
@@ -8,7 +12,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact.activations import Activation, by_name
@@ -45,20 +48,11 @@ def _plan_of(entry: Activation, parameters: tuple[float, ...], dtype: torch.dtyp
 
 
 def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slope: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    parameters: Sequence[float],
-    save: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor | None]:
+    *geometry, activation, parameters, save = options
     plan = _plan(activation, parameters, x)
-    product = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    product = torch.convolution(x, weight, None, *geometry)
     kept = product if save and not plan.from_output else None
     y = plan.bias_activation.forward_channels(
         product, bias, plan.value, parameters, slope, plan.config, in_place=kept is None
@@ -66,8 +60,9 @@ def _launch(
     return y, kept
 
 
-def _fake(x, weight, bias, slope, stride, padding, dilation, groups, activation, parameters, save):
-    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+def _fake(x, weight, bias, slope, *options):
+    *geometry, activation, parameters, save = options
+    y = torch.convolution(x, weight, None, *geometry)
     kept = save and not by_name(activation).from_output(x.dtype, *parameters)
     return y, torch.empty_like(y) if kept else None
 
@@ -85,14 +80,9 @@ def _backward(
     bias: Tensor | None,
     slope: Tensor | None,
     saved: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    parameters: Sequence[float],
-    wanted: list[bool],
+    *options: Any,
 ) -> tuple[Tensor | None, ...]:
+    *geometry, activation, parameters, wanted = options
     plan = _plan(activation, parameters, x)
     want_x, want_weight, want_bias, want_slope = wanted
     dz, db, dslope = plan.bias_activation.backward_channels(
@@ -106,51 +96,42 @@ def _backward(
         (want_x or want_weight, want_bias, want_slope),
         plan.config,
     )
-    dx, dw = _product_gradients(dz, x, weight, stride, padding, dilation, groups, want_x, want_weight)
-    return dx, dw, db, dslope
+    return *_product_gradients(dz, x, weight, geometry, want_x, want_weight), db, dslope
 
 
 def _product_gradients(
-    dz: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    want_x: bool,
-    want_weight: bool,
+    dz: Tensor | None, x: Tensor, weight: Tensor, geometry: list[Any], want_x: bool, want_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     if dz is None:
         return None, None
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [want_x, want_weight, False]
-    )
+    dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, [want_x, want_weight, False])
     return dx, dw
 
 
-def _backward_fake(
-    dy, x, weight, bias, slope, saved, stride, padding, dilation, groups, activation, parameters, wanted
-):
-    want_x, want_weight, want_bias, want_slope = wanted
+def _backward_fake(dy, x, weight, bias, slope, saved, *options):
+    *geometry, _, _, (want_x, want_weight, want_bias, want_slope) = options
     dz = torch.empty_like(saved) if want_x or want_weight else None
     return (
-        *_product_gradients(dz, x, weight, stride, padding, dilation, groups, want_x, want_weight),
+        *_product_gradients(dz, x, weight, geometry, want_x, want_weight),
         bias.new_empty(bias.shape) if want_bias else None,
         slope.new_empty(slope.shape) if want_slope else None,
     )
 
 
-def _composite(x, weight, bias, slope, stride, padding, dilation, groups, activation, parameters):
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+def _composite(x, weight, bias, slope, *options):
+    *geometry, activation, parameters = options
+    z = torch.convolution(x, weight, bias, *geometry)
     return by_name(activation).reference(z, *(parameters if slope is None else (slope,)))
 
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? slope"
-_OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, float[] parameters"
+_GEOMETRY = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+)
+_OPTIONS = f"{_GEOMETRY}, str activation, float[] parameters"
 
-conv2d_act = Op(
-    name="conv2d_act",
+convolution_act = Op(
+    name="convolution_act",
     tensors=4,
     schema=f"({_TENSORS}, {_OPTIONS}, bool save) -> (Tensor, Tensor)",
     launch=_launch,

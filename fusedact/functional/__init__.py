@@ -37,10 +37,16 @@ from fusedact.functional.binary_heads import (
 from fusedact.functional.binary_losses import binary_cross_entropy as binary_cross_entropy
 from fusedact.functional.binary_losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from fusedact.functional.binary_losses import multilabel_soft_margin_loss as multilabel_soft_margin_loss
+from fusedact.functional.convolutions import conv1d as conv1d
+from fusedact.functional.convolutions import conv2d as conv2d
+from fusedact.functional.convolutions import conv3d as conv3d
+from fusedact.functional.convolutions import conv_transpose1d as conv_transpose1d
+from fusedact.functional.convolutions import conv_transpose2d as conv_transpose2d
+from fusedact.functional.convolutions import conv_transpose3d as conv_transpose3d
+from fusedact.functional.gated import gated as gated
 from fusedact.functional.heads import linear_cross_entropy as linear_cross_entropy
 from fusedact.functional.losses import cross_entropy as cross_entropy
 from fusedact.functional.losses import nll_loss as nll_loss
-from fusedact.functional.products import conv2d as conv2d
 from fusedact.functional.products import linear as linear
 from fusedact.functional.products import linear_chain as linear_chain
 from fusedact.functional.softmaxes import log_softmax as log_softmax
@@ -50,7 +56,15 @@ from fusedact.functional.softmaxes import softmin as softmin
 _TORCH = [name for name in dir(torch.nn.functional) if not name.startswith("__")]
 _BEYOND = {  # torch has none of that name, or not in 2.11
     f.__name__
-    for f in (activate, linear_binary_cross_entropy_with_logits, linear_chain, linear_cross_entropy, squared_relu, step)
+    for f in (
+        activate,
+        gated,
+        linear_binary_cross_entropy_with_logits,
+        linear_chain,
+        linear_cross_entropy,
+        squared_relu,
+        step,
+    )
 }
 __all__ = sorted({*_BEYOND, *(name for name in _TORCH if not name.startswith("_"))})
 

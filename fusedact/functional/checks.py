@@ -1,10 +1,11 @@
 """What every op asks of its input before it takes the kernels' way."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import _reduction as _Reduction
 
 from fusedact import backend
+from fusedact.activations import Activation, by_name, of_module
 
 PLAIN, STRIDED = backend.PLAIN, torch.strided
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,6 +32,21 @@ def _readable(t: Tensor) -> bool:
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every floating tensor but float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def resolved(
+    caller: str, activation: str | nn.Module, slope: Tensor | None, parameters: dict[str, float]
+) -> nn.Module | tuple[Activation, tuple[float, ...], Tensor | None]:
+    """The activation with its parameters and slope, or the module itself where the table does not have it."""
+    if isinstance(activation, nn.Module):
+        if parameters or slope is not None:
+            raise TypeError(f"{caller}() takes an activation's parameters from its module, or by keyword with its name")
+        return of_module(activation) or activation
+    act = by_name(activation)
+    values = act.parameters(parameters) if parameters else act.default_values
+    if act.learned != (slope is not None):
+        raise TypeError(f"activation {act.name!r} takes {'a' if act.learned else 'no'} slope= tensor")
+    return act, values, slope
 
 
 def class_dim(input: Tensor) -> int:

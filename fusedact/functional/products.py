@@ -1,4 +1,4 @@
-"""The products, linear and convolution, with their activation."""
+"""Linear layers with their activation, alone and in a row."""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedact import autograd, backend
-from fusedact.activations import Activation, by_name, of_module
-from fusedact.functional.checks import cast, on_triton
+from fusedact.activations import Activation
+from fusedact.functional.checks import cast, on_triton, resolved
 
 
 def linear(
@@ -38,7 +38,7 @@ def linear(
         return F.linear(input, weight, bias) if out is None else F.linear(input, weight, bias, out=out)  # type: ignore[call-arg]
     if out is not None:
         raise TypeError("linear() takes out= only without activation=")
-    found = _resolved("linear", activation, slope, parameters)
+    found = resolved("linear", activation, slope, parameters)
     if isinstance(found, nn.Module):
         return found(F.linear(input, weight, bias))
     return _linear_act(input, weight, bias, *found)
@@ -79,7 +79,7 @@ def _wants_gradient(part: Tensor | nn.Module | str | None) -> bool:
 
 def _chained(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple, list[Tensor | None]] | None:
     """What the op takes, cast as autocast asks; None where each layer is to find its own way. The last may be bare."""
-    found: list[Any] = [None if act is None else _resolved("linear", act, None, {}) for _, _, act in layers]
+    found: list[Any] = [None if act is None else resolved("linear", act, None, {}) for _, _, act in layers]
     if any(f is None for f in found[:-1]) or any(isinstance(f, nn.Module) for f in found):
         return None
     tensors: list[Any] = [t for (w, b, _), f in zip(layers, found, strict=True) for t in (w, b, f[2] if f else None)]
@@ -104,52 +104,6 @@ def _chained(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple, list[Te
 def _fuses(found: tuple[Activation, tuple[float, ...], Tensor | None], low: torch.dtype | None) -> bool:
     act, values, _ = found
     return (low is None or act.low_precision) and (not values or act.valid(*values))
-
-
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    activation: str | nn.Module | None = None,
-    slope: Tensor | None = None,
-    **parameters: float,
-) -> Tensor:
-    """activation(input * weight + bias): torch's convolution, then bias and activation in one launch, in its memory.
-
-    input (N, C_in, H, W), weight (C_out, C_in / groups, kH, kW), bias (C_out,) -> (N, C_out, H_out, W_out), of one
-    floating dtype. `activation` and its parameters as in `linear`.
-
-    Raises ValueError for an unknown name, TypeError for a parameter that the activation does not have, and
-    torch.nn.functional.conv2d's errors. Source: torch.nn.functional.conv2d.
-    """
-    if activation is None:
-        if parameters or slope is not None:
-            raise TypeError("conv2d() takes an activation's parameters only together with activation=")
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    found = _resolved("conv2d", activation, slope, parameters)
-    if isinstance(found, nn.Module):
-        return found(F.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
-    return _conv2d_act(input, weight, bias, stride, padding, dilation, groups, *found)
-
-
-def _resolved(
-    caller: str, activation: str | nn.Module, slope: Tensor | None, parameters: dict[str, float]
-) -> nn.Module | tuple[Activation, tuple[float, ...], Tensor | None]:
-    """The activation with its parameters and slope, or the module itself where the table does not have it."""
-    if isinstance(activation, nn.Module):
-        if parameters or slope is not None:
-            raise TypeError(f"{caller}() takes an activation's parameters from its module, or by keyword with its name")
-        return of_module(activation) or activation
-    act = by_name(activation)
-    values = act.parameters(parameters) if parameters else act.default_values
-    if act.learned != (slope is not None):
-        raise TypeError(f"activation {act.name!r} takes {'a' if act.learned else 'no'} slope= tensor")
-    return act, values, slope
 
 
 def _linear_act(
@@ -195,68 +149,3 @@ def _linear_fits(x: Tensor, features: int, weight: Tensor, bias: Tensor | None, 
         return True
     per_channel = x.dim() == 2 and slope.shape == weight.shape[:1]  # torch's channel is dim 1
     return slope.dtype is dtype and (per_channel or (slope.numel() == 1 and slope.dim() <= 1))
-
-
-def _conv2d_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    act: Activation,
-    values: tuple[float, ...],
-    slope: Tensor | None,
-) -> Tensor:
-    fused = on_triton(input, weight, bias, slope)
-    low = backend.autocast_dtype(input) if fused else None
-    if low is not None:
-        fused = act.low_precision
-        input, weight = cast(input, low), cast(weight, low)
-        bias, slope = bias if bias is None else cast(bias, low), slope if slope is None else cast(slope, low)
-    if fused and (not values or act.valid(*values)) and _conv2d_fits(input, weight, bias, slope):
-        geometry = _geometry(weight, stride, padding, dilation)
-        if geometry is not None:
-            return autograd.conv2d_act(input, weight, bias, slope, *geometry, groups, act.name, values)
-    z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    return act.reference(z, *values) if slope is None else act.reference(z, slope)
-
-
-def _geometry(
-    weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str, dilation: int | Sequence[int]
-) -> tuple[list[int], list[int], list[int]] | None:
-    """Stride, padding and dilation along height and width.
-
-    None where the two sides are padded differently, and where torch is to say what is wrong.
-    """
-    steps, gaps = _pair(stride), _pair(dilation)
-    if not isinstance(padding, str):
-        border = _pair(padding)
-    elif padding == "valid":
-        border = [0, 0]
-    else:
-        reach = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=False)]
-        if padding != "same" or steps != [1, 1] or any(n % 2 for n in reach):
-            return None
-        border = [n // 2 for n in reach]
-    return (steps, border, gaps) if len(steps) == len(border) == len(gaps) == 2 else None
-
-
-def _pair(numbers: int | Sequence[int]) -> list[int]:
-    if isinstance(numbers, int):
-        return [numbers, numbers]
-    return list(numbers) if isinstance(numbers, Sequence) else []
-
-
-def _conv2d_fits(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
-    """A batch of images, and what the kernel reads of each channel; the rest is for torch's convolution to check."""
-    dtype = x.dtype
-    if weight.dtype is not dtype or dtype not in backend.KERNEL_DTYPES or x.dim() != 4 or weight.dim() != 4:
-        return False
-    channels = weight.shape[:1]
-    if bias is not None and (bias.dtype is not dtype or bias.shape != channels):
-        return False
-    if slope is None:
-        return True
-    return slope.dtype is dtype and slope.dim() <= 1 and (slope.numel() == 1 or slope.shape == channels)

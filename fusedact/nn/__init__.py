@@ -33,7 +33,12 @@ from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
+from fusedact.nn.convolution import Conv1d as Conv1d
 from fusedact.nn.convolution import Conv2d as Conv2d
+from fusedact.nn.convolution import Conv3d as Conv3d
+from fusedact.nn.convolution import ConvTranspose1d as ConvTranspose1d
+from fusedact.nn.convolution import ConvTranspose2d as ConvTranspose2d
+from fusedact.nn.convolution import ConvTranspose3d as ConvTranspose3d
 from fusedact.nn.head import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss

@@ -28,11 +28,6 @@ from torch.nn import ConstantPad1d as ConstantPad1d
 from torch.nn import ConstantPad2d as ConstantPad2d
 from torch.nn import ConstantPad3d as ConstantPad3d
 from torch.nn import Container as Container
-from torch.nn import Conv1d as Conv1d
-from torch.nn import Conv3d as Conv3d
-from torch.nn import ConvTranspose1d as ConvTranspose1d
-from torch.nn import ConvTranspose2d as ConvTranspose2d
-from torch.nn import ConvTranspose3d as ConvTranspose3d
 from torch.nn import CosineEmbeddingLoss as CosineEmbeddingLoss
 from torch.nn import CosineSimilarity as CosineSimilarity
 from torch.nn import CrossMapLRN2d as CrossMapLRN2d
@@ -176,7 +171,12 @@ from fusedact.nn.binary_loss import BCELoss as BCELoss
 from fusedact.nn.binary_loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from fusedact.nn.binary_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from fusedact.nn.container import Sequential as Sequential
+from fusedact.nn.convolution import Conv1d as Conv1d
 from fusedact.nn.convolution import Conv2d as Conv2d
+from fusedact.nn.convolution import Conv3d as Conv3d
+from fusedact.nn.convolution import ConvTranspose1d as ConvTranspose1d
+from fusedact.nn.convolution import ConvTranspose2d as ConvTranspose2d
+from fusedact.nn.convolution import ConvTranspose3d as ConvTranspose3d
 from fusedact.nn.head import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from fusedact.nn.linear import Linear as Linear
 from fusedact.nn.loss import CrossEntropyLoss as CrossEntropyLoss

@@ -1,4 +1,4 @@
-"""Sequential, as torch.nn.Sequential, with each Linear or Conv2d and the activation after it as one op."""
+"""Sequential, as torch.nn.Sequential, with each Linear or convolution and the activation after it as one op."""
 
 from typing import Any
 
@@ -7,13 +7,16 @@ import torch
 from fusedact import backend, functional
 from fusedact.activations import of_module
 from fusedact.functional.products import Layer
-from fusedact.nn.convolution import Conv2d, convolved
+from fusedact.nn.convolution import CONVOLUTIONS, convolved
 from fusedact.nn.hooks import is_plain
 from fusedact.nn.linear import Linear
 
+_OWN = frozenset((Linear, *CONVOLUTIONS))  # which may have an activation of their own
+_STOCK = frozenset(getattr(torch.nn, cls.__name__) for cls in _OWN)
+
 
 class Sequential(torch.nn.Sequential):
-    """Modules in a row; a Linear or Conv2d (torch's or ours) runs as one op with a known activation after it.
+    """Modules in a row; a Linear or convolution (torch's or ours) runs as one op with a known activation after it.
 
     Linear layers that follow each other so, with a last one that may have none, are one op in training, whose gradients
     arrive together. What has a hook, a subclass of a layer, or a replaced forward runs as torch.nn.Sequential runs it.
@@ -65,10 +68,10 @@ def _is_linear(module: Any) -> bool:
 
 def _is_pair(product: torch.nn.Module, activation: torch.nn.Module) -> bool:
     kind = type(product)
-    if kind is Linear or kind is Conv2d:
+    if kind in _OWN:
         if product.activation is not None:
             return False
-    elif kind is not torch.nn.Linear and kind is not torch.nn.Conv2d:
+    elif kind not in _STOCK:
         return False
     return of_module(activation) is not None and is_plain(product) and is_plain(activation)
 

@@ -54,10 +54,11 @@ class Case:
         return None
 
 
+CONVOLUTIONS = [
+    f"{name}{dims}d" for name in ("conv", "conv_transpose", "nn.Conv", "nn.ConvTranspose") for dims in (1, 2, 3)
+]
 # By name, what is none of the kernels' and why. All other samples are fused.
-LEFT_TO_TORCH = dict.fromkeys(
-    ("linear", "nn.Linear", "conv2d", "nn.Conv2d"), "a product without an activation is torch's"
-)
+LEFT_TO_TORCH = dict.fromkeys(("linear", "nn.Linear", *CONVOLUTIONS), "a product without an activation is torch's")
 
 
 def launches_of(y: Any, grads: tuple = (), linear: bool = False) -> int:
