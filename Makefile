@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
+KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
 .PHONY: demo test test-exhaustive test-oldest lint bench
 
@@ -39,7 +39,7 @@ endef
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(make_venv)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev,models]"
 	touch $@
 
 # Triton last and alone: a CUDA build of torch asks for the Triton that it came with.

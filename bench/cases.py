@@ -8,7 +8,7 @@ import torch
 
 from fusedact.tuning.candidates import RATES, Chip, Problem, candidates
 
-MATRIX_OPS = ("linear_act", "linear_chain", "convolution_act", "linear_cross_entropy")
+MATRIX_OPS = ("linear_act", "linear_chain", "convolution_act", "linear_cross_entropy", "fused_block")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Case:
     """One op at one shape and dtype.
 
     shape: linear_act (M, N, K), linear_chain the same and a layer of K after it, convolution_act (batch, channels in,
-        channels out, its sizes, kernel), gated (rows, features), of classes (rows, classes, ...), of yes and no
+        channels out, its sizes, kernel), gated (rows, features), fused_block, a gated block that fuse() was given,
+        (rows, features, hidden features), of classes (rows, classes, ...), of yes and no
         (elements,) or (rows, classes), of a head (rows, features, classes) or, of yes and no, (rows, features)
     precision: torch's float32 matmul precision
     chunk: the rows of logits that a head holds at once, None for its own choice
@@ -158,6 +159,7 @@ CASES = (
     Case("multilabel_soft_margin", (2**16, 1000), "float32", target=3.9),
     Case("prelu", (2**15, 1024), "bfloat16"),
     Case("gated", (8192, 14336), "bfloat16", "silu", threshold=1.5, target=1.57, least_share=0.9),
+    Case("fused_block", (4096, 4096, 14336), "bfloat16", "silu", threshold=1.0),
     Case("convolution_act", (64, 64, 256, 56, 56, 1), "bfloat16", "relu"),
     Case("convolution_act", (16, 50, 120, 28, 28, 7), "float32", "relu"),
     Case("convolution_act", (32, 80, 512, 3000, 3), "bfloat16", "gelu"),

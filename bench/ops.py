@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fusedact
 from bench.cases import Case
 from fusedact import functional
 from fusedact.activations import ACTIVATIONS
@@ -145,6 +146,41 @@ def _gated_formula(case: Case) -> Callable[..., Tensor]:
     activation = ACTIVATIONS[case.activation]
     parameters = activation.parameters({})
     return lambda gate, up: activation.reference(gate, *parameters) * up
+
+
+class GatedBlock(torch.nn.Module):
+    """down(act(gate x) * up x), written on torch.nn as someone else would."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        _, features, hidden = case.shape
+        self.gate, self.up = (torch.nn.Linear(features, hidden, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(hidden, features, bias=False)
+        self.act = ACTIVATIONS[case.activation].build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def _fused_block_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    block = GatedBlock(case)
+    return block if nn is torch.nn else fusedact.fuse(block)
+
+
+def _fused_block_formula(case: Case) -> Callable[..., Tensor]:
+    pair = _gated_formula(case)
+    return lambda x, gate, up, down: F.linear(pair(F.linear(x, gate), F.linear(x, up)), down)
+
+
+def _fused_block_work(hidden: int, products: int) -> Callable[[Case], Work]:
+    """Passes over what is hidden features wide, over x or its gradient and y or its, and over the three weights."""
+
+    def work(case: Case) -> Work:
+        M, K, N = case.shape
+        elements = hidden * M * N + 2 * M * K + 3 * N * K
+        return Work(elements * case.torch_dtype.itemsize, products * 2 * M * N * K)
+
+    return work
 
 
 def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Callable[[Case], Work]:
@@ -373,6 +409,13 @@ OPS = {
         formula=_gated_formula,
         forward=_loss_work(2, 1, flops=5),  # exponential, sum, quotient, two products
         backward=_loss_work(3, 2, flops=10),
+    ),
+    "fused_block": Op(
+        module=_fused_block_module,
+        inputs=lambda case: (torch.randn(case.shape[:2], dtype=case.torch_dtype),),
+        formula=_fused_block_formula,
+        forward=_fused_block_work(6, products=3),  # three writes, three reads
+        backward=_fused_block_work(12, products=6),
     ),
     "prelu": Op(
         module=lambda nn, case: nn.PReLU(case.shape[1]),

@@ -11,6 +11,9 @@ from fusedact.fitting import Fitted as Fitted
 from fusedact.fitting import FittedMany as FittedMany
 from fusedact.fitting import fit as fit
 from fusedact.fitting import fit_many as fit_many
+from fusedact.fusion import fuse as fuse
+from fusedact.fusion import report as report
+from fusedact.fusion import unfuse as unfuse
 from fusedact.nn import functional as functional
 
 __version__ = "0.1.0"

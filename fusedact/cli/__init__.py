@@ -1,19 +1,21 @@
-"""`fusedact train | compare | tune | info`."""
+"""`fusedact train | compare | tune | fuse | info`."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
+from fusedact.cli.fusing import fuse
 from fusedact.cli.training import compare, train
 from fusedact.cli.tuning import info, tune
 
 app = typer.Typer(
-    help="The tutorials' programs on fused layers, on torch's own, or on both; what runs, and what is fastest.",
+    help="The tutorials' programs on fused layers, on torch's own, or on both; what runs, and what is fastest; what is "
+    "fused of a model.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, tune, info):
+for command in (train, compare, tune, fuse, info):
     app.command()(command)
 
 

@@ -1,0 +1,270 @@
+"""Activations and linear layers of any class, told by what they compute, and activations that a graph's node calls.
+
+A module is taken for what it computes only where its forward can compute nothing else at another time: its code runs
+from the first line to the last, writes to its own variables alone, and reads its input, its module's numbers, torch,
+and functions of which the same holds.
+"""
+
+import builtins
+import copy
+import dis
+import inspect
+import operator
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fusedact import functional
+from fusedact.activations import ACTIVATIONS, TABLE, Activation, lines_of, of_module, sample
+from fusedact.backend import dispatching
+from fusedact.nn.hooks import is_plain
+
+Known = tuple[Activation, tuple[float, ...], Tensor | None]
+
+_NUMBERS = (bool, int, float, str, type(None), torch.dtype)
+_LIBRARIES = ("torch", "math")
+_BUILTINS = {abs, bool, float, int, len, max, min, pow, range, sum}
+_MODES = ("training", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling")
+_FORBIDDEN = ("JUMP", "FOR_ITER", "STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "DELETE_", "IMPORT_")
+_INTERNAL = frozenset(vars(nn.Module()))
+_FOUND: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
+_KINKS = (-20.0, -6.0, -3.0, -2.0, -1.0, -0.5, -0.25, -0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 6.0, 20.0, 100.0)
+_EXTREMES = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0)
+
+
+def activation_of(module: nn.Module) -> Known | None:
+    """The activation, parameters and slope of a module that is one of the table's or computes the same, else None.
+
+    A module of an unknown class computes the same where value and derivative are those of an activation at its default
+    parameters, in float64 to 1e-11, NaN and infinities included. The module itself is not called: a copy is.
+    """
+    known = of_module(module)
+    if known is not None or next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return known
+    activation = _remembered(_computed, module)
+    return None if activation is None else (activation, activation.default_values, None)
+
+
+def called_activation(node: fx.Node) -> tuple[str, dict[str, float]] | None:
+    """The name and the given parameters of the activation that a node calls as a function or method, else None.
+
+    Its input is the first argument or the keyword `input`; in place or not is not told.
+    """
+    target: Any = node.target
+    lines = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(target)
+    if lines is None:
+        return None
+    stock = getattr(functional, next(iter(lines.values())).name)
+    try:
+        given = inspect.signature(stock).bind(*node.args, **node.kwargs).arguments
+    except TypeError:  # `out=`, or what torch does not take
+        return None
+    approximate = given.pop("approximate", next(iter(lines)))
+    inplace = given.pop("inplace", False)
+    input = given.pop("input")
+    numbers = all(type(number) in (int, float) for number in given.values())
+    if not (isinstance(input, fx.Node) and isinstance(inplace, bool) and numbers):
+        return None
+    act = lines.get(approximate) if isinstance(approximate, str | None) else None
+    if act is None or not act.valid(*act.parameters(given)):
+        return None
+    return act.name, {name: float(number) for name, number in given.items()}
+
+
+def transposed_linear(module: nn.Module) -> bool:
+    """Whether a module of an unknown class is x W + b on the last dimension, its weight (K, N), its bias (N,)."""
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != {"weight", "bias"} or next(module.buffers(), None) is not None:
+        return False
+    weight, bias = parameters["weight"], parameters["bias"]
+    if weight.dim() != 2 or bias.shape != weight.shape[1:]:
+        return False
+    shape = f"add(getitem(size(x), {slice(None, -1)}), ({weight.shape[1]},))"
+    return _remembered(_traced, module) == f"view(addmm(bias, view(x, -1, size(x, -1)), weight), {shape})"
+
+
+def _by_target() -> tuple[dict[Any, dict[str | None, Activation]], dict[Any, dict[str | None, Activation]]]:
+    """The table's lines by torch's functions and ours, in place or not, and by the names of a tensor's methods."""
+    functions, methods = {}, {}
+    for act in TABLE:
+        if act.learned:
+            continue
+        stock = getattr(act.reference, "func", act.reference)
+        functions[stock] = lines = lines_of(stock)
+        for name in (act.name, f"{act.name}_"):
+            for space in (torch, F, functional):
+                if callable(getattr(space, name, None)):
+                    functions[getattr(space, name)] = lines
+            if hasattr(Tensor, name):
+                methods[name] = lines
+    return functions, methods
+
+
+_FUNCTIONS, _METHODS = _by_target()
+
+
+def _remembered(find: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+    """find(a copy of the module), once for all of a class that have its forward and hold the same numbers."""
+    own = _own(module)
+    if module._modules or not is_plain(module) or dispatching():
+        return None
+    if not all(isinstance(value, _NUMBERS) for value in own.values()):
+        return _found(find, module)
+    kind = type(module)
+    found, key = _FOUND.setdefault(kind, {}), (find, kind.forward, repr(own), len(ACTIVATIONS))
+    if key not in found:
+        found[key] = _found(find, module)
+    return found[key]
+
+
+def _found(find: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+    """find(a copy on the same parameters), None where it is not sure that one can be called and nobody notice."""
+    own = _own(module).values()
+    if not (all(_settled(value, module) for value in own) and all(map(_settled_class, type(module).__mro__))):
+        return None
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in module.parameters()})
+    return find(copied) if len(inspect.signature(copied.forward).parameters) == 1 else None
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """The attributes that not every module has."""
+    return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+
+
+def _computed(module: nn.Module) -> Activation | None:
+    module.training = True  # where torch's own classes draw numbers, if they ever do
+    before = _state(module)
+    curve = _curve(module.forward)
+    if curve is None or _state(module) != before:
+        return None
+    same = (act for act in ACTIVATIONS.values() if not act.learned and _alike(curve, _reference(act)))
+    return next(same, None)
+
+
+def _traced(module: nn.Module) -> str | None:
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # whatever a forward says that was given no tensor
+        return None
+    return _formula(graph.output_node().args[0])
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+
+
+def _settled_class(kind: type) -> bool:
+    return _from_libraries(kind) or kind is object or all(_settled_member(*member) for member in vars(kind).items())
+
+
+def _settled_member(name: str, value: Any) -> bool:
+    """Whether what a class holds under that name leaves it a class like any other, always the same."""
+    if name.startswith("__") and name.endswith("__"):
+        return name in ("__init__", "__repr__") or not isinstance(value, FunctionType)
+    return name == "extra_repr" or _settled(value)
+
+
+def _settled(value: Any, owner: Any = None) -> bool:
+    """Whether a value is what it is for good: numbers, torch's things, functions that read such alone."""
+    if isinstance(value, MethodType):
+        return value.__self__ is owner  # whose class is looked at by itself
+    if isinstance(value, partial):
+        return all(_settled(part, owner) for part in (value.func, *value.args, *value.keywords.values()))
+    if isinstance(value, tuple):
+        return all(_settled(part, owner) for part in value)
+    return isinstance(value, _NUMBERS) or _settled_function(value)
+
+
+def _settled_function(value: Any) -> bool:
+    if isinstance(value, ModuleType):
+        return value.__name__.split(".")[0] in _LIBRARIES
+    if isinstance(value, BuiltinFunctionType | type) and value in _BUILTINS:
+        return True
+    if isinstance(value, BuiltinFunctionType | FunctionType | type) and _from_libraries(value):
+        return True
+    return isinstance(value, FunctionType) and _straight(value)
+
+
+def _from_libraries(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").split(".")[0] in _LIBRARIES
+
+
+def _straight(function: FunctionType) -> bool:
+    """Its code neither branches nor writes beyond its own variables, and reads functions alone, like itself."""
+    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+    read = [cell.cell_contents for cell in function.__closure__ or ()]
+    for instruction in dis.get_instructions(function):
+        name = instruction.argval
+        if any(part in instruction.opname for part in _FORBIDDEN) or isinstance(name, CodeType):
+            return False
+        if instruction.opname == "LOAD_GLOBAL":
+            read.append(function.__globals__.get(name, vars(builtins).get(name)))
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and (name in _MODES or name.startswith("__")):
+            return False
+    return all(map(_settled, defaults)) and all(v is not function and _settled_function(v) for v in read)
+
+
+@cache
+def _points() -> tuple[Tensor, Tensor, Tensor]:
+    """Ordinary points (144,) and extremes (5,), float64, and a gradient for each of the former."""
+    x, _ = sample(torch.float64)
+    x = torch.cat([x, torch.tensor(_KINKS, dtype=x.dtype, device=x.device)])
+    dy = torch.linspace(0.5, 2, len(x), dtype=x.dtype, device=x.device)
+    return x, torch.tensor(_EXTREMES, dtype=x.dtype, device=x.device), dy
+
+
+@cache
+def _reference(act: Activation) -> tuple[Tensor, Tensor] | None:
+    return _curve(lambda x: act.reference(x, *act.default_values))
+
+
+def _curve(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Values at all points and the gradient at the ordinary ones; None for what is not elementwise or draws numbers."""
+    x, extremes, dy = _points()
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
+    with modes[0], modes[1], modes[2], torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+        try:
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            (dx,) = torch.autograd.grad(y, leaf, dy)
+            ends = function(extremes.clone())
+            again = function(x.view(2, 3, 4, 6).clone())
+            kept = all(_keeps(function, x.view(12, 12).to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+            if not (kept and leaf.equal(x) and torch.allclose(again.reshape(-1), y, 1e-11, 1e-11)):
+                return None
+        except Exception:  # whatever a module says that is no activation
+            return None
+    return torch.cat([y.detach(), ends]), dx
+
+
+def _keeps(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    y = function(x)
+    return y.dtype == x.dtype and y.shape == x.shape
+
+
+def _alike(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor] | None) -> bool:
+    if theirs is None:
+        return False
+    zeros = [y[-2:].signbit().tolist() for y, _ in (ours, theirs)]
+    near = all(torch.allclose(a, b, 1e-11, 1e-11, equal_nan=True) for a, b in zip(ours, theirs, strict=True))
+    return near and zeros[0] == zeros[1]
+
+
+def _formula(value: Any) -> str:
+    """What a node computes of the input `x`, as one nested call, in the arguments' order."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    if value.op == "placeholder":
+        return "x"
+    if value.op == "get_attr":
+        return str(value.target)
+    known: dict[Any, str] = {torch.addmm: "addmm", operator.add: "add", operator.getitem: "getitem"}
+    name = value.target if value.op == "call_method" else known.get(value.target)
+    return f"{name}({', '.join(map(_formula, value.args))})" if not value.kwargs else "?"
