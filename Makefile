@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+# Two processes fill two cores; torch's own threads would wait for each other there.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
 .PHONY: demo test test-exhaustive test-oldest lint bench
@@ -11,13 +13,13 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not exhaustive'
+	$(call pytest,$(VENV)) 'not exhaustive'
 
 test-exhaustive: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m exhaustive
+	$(call pytest,$(VENV)) exhaustive
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not exhaustive' $(KERNEL_PROOFS)
+	$(call pytest,$(OLDEST)) 'not exhaustive' $(KERNEL_PROOFS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -141,7 +141,7 @@ TABLE = (
     Activation("softplus", F.softplus, nn.Softplus, defaults=(("beta", 1.0), ("threshold", 20.0)), from_output=_linear_part_is_exact, low_precision=False),  # noqa: E501
     Activation("softsign", F.softsign, nn.Softsign, fused_alone=True),
     Activation("selu", F.selu, nn.SELU),
-    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),), valid=lambda alpha: alpha != 0),
+    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),), valid=lambda alpha: alpha > 0),
     Activation("logsigmoid", F.logsigmoid, nn.LogSigmoid),
     Activation("tanhshrink", F.tanhshrink, nn.Tanhshrink, fused_alone=True),
     Activation("softshrink", F.softshrink, nn.Softshrink, defaults=(("lambd", 0.5),), valid=lambda lambd: lambd >= 0),

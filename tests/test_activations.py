@@ -219,6 +219,7 @@ def test_a_function_tells_what_torchs_tells(name):
         lambda f, x: f.leaky_relu(x, torch.tensor(0.3)),
         lambda f, x: f.hardtanh(x, -0.5, max_val=0.25, inplace=True),
         lambda f, x: f.elu(x, alpha=2),
+        lambda f, x: f.celu(x, -0.5),
         lambda f, x: f.gelu(x, approximate="tanh"),
         lambda f, x: f.softplus(x, 2, threshold=1.5),
         lambda f, x: f.prelu(x, x.new_full((3,), 0.25)),

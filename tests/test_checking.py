@@ -1,5 +1,6 @@
 """The check of a fused model against float64: what it finds, what it lets pass, and that it leaves no trace."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -210,6 +211,38 @@ def test_nothing_is_left_behind(active):
     assert model.first.weight.grad.equal(torch.ones_like(model.first.weight)) and model.first.bias.grad is None
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert torch.get_rng_state().equal(random) and x.equal(given) and not x.requires_grad
+
+
+class Counting(nn.Module):
+    """Computes with what its buffers have counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        for name in ("added", "replaced", "written"):
+            self.register_buffer(name, torch.zeros(2))
+        self.register_buffer("removed", torch.ones(2), persistent=False)
+        self.register_buffer("expanded", torch.arange(3).expand(2, -1))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+        self.active = F.gelu
+
+    def forward(self, x):
+        self.added += 1
+        self.replaced = self.replaced + 1
+        self.written.data.mul_(2).add_(1)
+        self.sparse *= 2
+        self.removed = None
+        return self.linear(x) * self.added[0] * self.replaced[1] + self.written[0]
+
+
+def test_each_run_starts_from_the_same_buffers_and_leaves_them():
+    model = Counting()
+    buffers, kept = dict(model.named_buffers()), copy.deepcopy(dict(model.named_buffers()))
+    compare(model, stock, torch.randn(3, 4))
+    after = dict(model.named_buffers())
+    assert after.keys() == buffers.keys() and list(model.state_dict()) == list(Counting().state_dict())
+    assert all(after[name] is buffer for name, buffer in buffers.items())
+    assert all(after[name].to_dense().equal(kept[name].to_dense()) for name in kept)
 
 
 def test_a_model_that_writes_into_its_input_and_one_without_gradients():

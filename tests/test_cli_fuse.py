@@ -9,6 +9,9 @@ import torch
 from fusedact.__main__ import main
 
 MODELS = """
+import argparse
+import sys
+
 import torch
 from torch import nn
 
@@ -36,6 +39,30 @@ number = 3
 
 def broken():
     raise ValueError("no such size\\nand more")
+
+def exits():
+    sys.exit(3)
+
+def parses():
+    argparse.ArgumentParser().parse_args()
+    return Pair()
+
+class Uncastable(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def to(self, *args):
+        raise RuntimeError("stays as it is")
+
+class Uninitialised(nn.Module):
+    def __init__(self):
+        pass
+
+    def forward(self, x):
+        return x
+
+def traced():
+    return torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))
 """
 
 
@@ -59,6 +86,7 @@ def words(text):
     [
         ("Pair", "(the model) Linear(4, 8) + gelu 1 + 1 32 + 32"),
         ("ready", "(the model) Linear(4, 16) + gelu 1 + 1 64 + 64"),
+        ("parses", "(the model) Linear(4, 8) + gelu 1 + 1 32 + 32"),
         ("blocks", "{0..2} 3 x Linear(4, 8) + gelu 1 + 1 32 + 32"),
     ],
 )
@@ -70,11 +98,16 @@ def test_a_function_a_class_or_a_model(models, capsys, factory, row):
 
 def test_inputs_are_run_once(models, capsys):
     assert main(["fuse", f"{models}:Pair", "--input", "2x5x4", "--input", "8"]) == 0
-    assert "1 + 1 10 640 B" in words(capsys.readouterr().out)
+    assert "10 1 + 1 640 B" in words(capsys.readouterr().out)
     assert main(["fuse", f"{models}:Pair", "--input", "2x5x4", "--dtype", "bfloat16"]) == 0
-    assert "1 + 1 10 320 B" in words(capsys.readouterr().out)
+    assert "10 1 + 1 320 B" in words(capsys.readouterr().out)
     assert main(["fuse", f"{models}:Words", "--input", "2x50", "--dtype", "int64"]) == 0
-    assert "1 + 1 100 7.20 kB" in words(capsys.readouterr().out)
+    assert "100 1 + 1 7.20 kB" in words(capsys.readouterr().out)
+
+
+def test_a_traced_model_has_no_site(models, capsys):
+    assert main(["fuse", f"{models}:traced", "--input", "1x4"]) == 0
+    assert capsys.readouterr().out.startswith("No site: ")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +127,12 @@ def test_inputs_are_run_once(models, capsys):
         (["fuse", "MODELS:torch.ones"], "TypeError"),
         (["fuse", "MODELS:Pair", "--input", "2x5x"], "'2x5x', expected sizes as 1x3x224x224"),
         (["fuse", "MODELS:Pair", "--input", "0x4"], "'0x4', expected sizes"),
-        (["fuse", "MODELS:Pair", "--input", "2x5"], "--input: the model raised RuntimeError: mat1 and mat2"),
+        (["fuse", "MODELS:Pair", "--input", "2x5"], "--input: the model raised: RuntimeError: mat1 and mat2"),
+        (["fuse", "MODELS:Pair", "--input", "99999999999x99999999"], "--input: RuntimeError: Storage size calculation"),
+        (["fuse", "MODELS:Pair", "--input", "9" * 23], "--input: TypeError: zeros(): argument 'size' failed"),
+        (["fuse", "MODELS:exits"], "MODELS:exits: SystemExit: 3"),
+        (["fuse", "MODELS:Uncastable", "--dtype", "bfloat16"], "MODELS:Uncastable: RuntimeError: stays as it is"),
+        (["fuse", "MODELS:Uninitialised"], "MODELS:Uninitialised: AttributeError: 'Uninitialised' object has no"),
         (["fuse", "MODELS:Pair", "--dtype", "int8"], "unknown dtype 'int8', expected one of bfloat16, float16"),
     ],
 )

@@ -178,7 +178,21 @@ def test_convolution_saves(act, bias):
 
     tensors = [torch.randn(2, 3, 5, 6), torch.randn(4, 3, 2, 2), *([torch.randn(4)] if bias else [])]
     found = saved(stock, ours, with_slope(act, tensors, 4), {2 * 4 * 4 * 5: 1}, of_torch=(1, 1))
-    check(found, convolution_saves(act, bias), act)
+    check(found, convolution_saves(act, bias, False), act)
+
+
+def test_a_depthwise_convolution_saves_nothing_forward():
+    """Torch's own kernel adds the bias, as its operation on a CPU does; its db is a sum apart, which a CPU's is not."""
+    found = saved(
+        lambda x, w, b: F.relu(F.conv2d(x, w, b, groups=4)),
+        lambda x, w, b: functional.conv2d(x, w, b, groups=4, activation="relu"),
+        [torch.randn(2, 4, 5, 6), torch.randn(4, 1, 2, 2), torch.randn(4)],
+        {2 * 4 * 4 * 5: 1},
+        of_torch=(1, 1),
+    )
+    launches, moves = convolution_saves(ACTIVATIONS["relu"], True, True)
+    assert (found[0][0], found[1][0]) == (launches[0], moves[0]) == (0, 0)
+    assert (launches[1], moves[1]) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "sigmoid", "relu"])

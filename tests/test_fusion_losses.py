@@ -85,10 +85,10 @@ def test_a_joined_loss_is_stocks(case, backend, as_accurate_as_torch):
 def test_sigmoid_and_bce_join_only_where_asked(backend, as_accurate_as_torch):
     x, target = 3 * torch.randn(6, 5), torch.tensor([[0.0], [1], [1], [0], [1], [0]])
     model, loss = fusedact.fuse(nn.Sequential(nn.Linear(5, 1), nn.Sigmoid()), nn.BCELoss())
-    assert "allow_different" in str(fusedact.report(model))
+    assert "allow_different" in fusedact.report(model).text(400)
     stock = copy.deepcopy(fusedact.unfuse(model))
     model, loss = fusedact.fuse(model, fusedact.unfuse(loss), allow_different=True)
-    assert "in training the model returns logits" in str(fusedact.report(model))
+    assert "in training the model returns logits" in fusedact.report(model).text(400)
     with fusedact.use_backend(backend):
         logits, on_logits = stock[0](x), F.binary_cross_entropy_with_logits
         truth = on_logits(logits.double(), target.double())
@@ -145,7 +145,7 @@ def test_what_cannot_be_joined_says_why_and_stays(why):
     x = torch.randn(4, 5)
     before = model(x)
     fused, fused_loss = fusedact.fuse(model, loss)
-    assert why in " ".join(str(fusedact.report(fused)).split())
+    assert why in fusedact.report(fused).text(400)
     torch.testing.assert_close(fused(x), before)
     assert isinstance(fused_loss, type(loss))
 
@@ -155,7 +155,7 @@ def test_a_function_and_a_foreign_loss():
     assert fusedact.fuse(model, F.cross_entropy)[1] is fusedact.functional.cross_entropy
     loss = nn.MSELoss()
     assert fusedact.fuse(model, loss)[1] is loss and type(loss) is nn.MSELoss
-    assert "no loss of torch's" in str(fusedact.report(model))
+    assert "no loss of torch's" in fusedact.report(model).text(400)
 
 
 def test_a_head_of_images_returns_logits(triton_backend):
@@ -173,15 +173,27 @@ def test_a_model_that_was_changed_since_is_refused():
     with pytest.raises(RuntimeError, match="unfuse"):
         model(torch.randn(3, 5))
     assert model.eval()(torch.randn(3, 5)).shape == (3, 4)
+    model, _ = fusedact.fuse(mlp(nn.Linear(7, 4)), nn.CrossEntropyLoss())
+    model.append(nn.ReLU())
+    assert "no longer ends" in fusedact.report(model).text(400) and copy.deepcopy(model).eval()(torch.ones(2, 5)).min() >= 0
 
 
-def test_a_log_softmax_along_another_dim_than_the_classes_is_refused():
-    model, _ = fusedact.fuse(Head(), nn.NLLLoss())
-    model.train()
-    with pytest.raises(RuntimeError, match="not the loss's classes"):
-        fusedact.fuse(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LogSoftmax(-1)), nn.NLLLoss())[0](
-            torch.ones(2, 3, 5)
-        )
+@pytest.mark.parametrize("end", [(), (nn.Linear(7, 4),), (nn.Linear(7, 4), nn.Tanh())], ids=["act", "linear", "tanh"])
+def test_a_log_softmax_along_the_last_of_three_dims(end):
+    """The loss's classes are then along dim 1, where the model's user brings them, or not."""
+    model, loss = mlp(*end, nn.LogSoftmax(-1)), nn.NLLLoss()
+    x, target = torch.randn(2, 3, 5), torch.randint(0, 3, (2, 3))
+    before = model(x)
+    model, loss = fusedact.fuse(model, loss)
+    for ours, stock in ((model(x), before), (model(x).transpose(1, 2), before.transpose(1, 2))):
+        labels = target[:, :1].expand(ours.shape[0], ours.shape[2])
+        torch.testing.assert_close(loss(ours, labels), F.nll_loss(stock, labels))
+
+
+def test_another_loss_takes_the_place_of_one():
+    model, _ = fusedact.fuse(mlp(nn.Linear(7, 4)), nn.CrossEntropyLoss())
+    model, loss = fusedact.fuse(model, nn.MSELoss())
+    assert loss(model(torch.ones(2, 5)), torch.ones(2, 4)).isfinite()
 
 
 def test_a_copy_and_a_pickle_are_joined_too():

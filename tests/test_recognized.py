@@ -8,12 +8,13 @@ from functools import partial, wraps
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx, is_grad_enabled, nn
 from torch.nn.utils import prune
 
 import fusedact
 from fusedact.activations import ACTIVATIONS, TABLE, lines_of
 from fusedact.fusion.recognized import activation_of, called_activation, transposed_linear
+from fusedact.fusion.running import Act, own_attributes
 
 COUNT, LOG, SLOPE = 0, [], 0.01
 
@@ -70,6 +71,9 @@ class Swish(nn.SiLU):
         (module(lambda self, x: self.act(x), act=partial(F.gelu, approximate="tanh")), "gelu_tanh"),
         (module(lambda self, x: x * torch.tanh(F.softplus(x))), "mish"),
         (module(lambda self, x: torch.sigmoid(x) * x), "silu"),
+        (module(lambda self, x: x / (1 + torch.exp(-x))), "silu"),
+        (module(lambda self, x: x * torch.special.ndtr(x)), "gelu"),
+        (module(lambda self, x: -F.softplus(-x)), "logsigmoid"),
         (module(lambda self, x: F.relu(x) ** 2), "squared_relu"),
         (module(lambda self, x: x.clamp(0, 6)), None),  # clamp passes the gradient at its ends
         (module(lambda self, x: x / (1 + abs(x))), "softsign"),
@@ -145,6 +149,17 @@ UNKNOWN = {
     "identity": lambda self, x: x,
     "quick": lambda self, x: x * torch.sigmoid(1.702 * x),
     "near": lambda self, x: F.silu(x) + 1e-9,
+    "never 0": lambda self, x: F.relu(x) + 1e-12,
+    "never 0 nor negative": lambda self, x: x.clamp(min=1e-12),
+    "never 0, by the dtype": lambda self, x: F.relu(x) + torch.finfo(x.dtype).eps,
+    "never 0, by a dtype": lambda self, x: F.relu(x) + torch.finfo(torch.float32).tiny,
+    "never 0 in float64": lambda self, x: F.relu(x) + 1e-300,
+    "bounded away from 0": lambda self, x: F.softplus(x) + 1e-12,
+    "bounded away from 0 in float32": lambda self, x: F.softplus(x) + 1e-38,
+    "bounded away from 0, by the dtype": lambda self, x: F.softplus(x) + torch.finfo(x.dtype).tiny,
+    "overflows in float32": lambda self, x: torch.log1p(torch.exp(x)),
+    "cancels in float32": lambda self, x: (x + 1e4) / 2 - 5e3 + (x / 2).abs(),
+    "rounds": lambda self, x: F.silu(x.float()).type_as(x),
     "doubled": lambda self, x: 2 * F.silu(x),
     "straight through": lambda self, x: F.silu(x).detach() + x - x.detach(),
     "negative zero": lambda self, x: torch.where(x > 0, x, 0.0),
@@ -167,6 +182,17 @@ UNKNOWN = {
     "raises": lambda self, x: F.silu(x) + torch.ones(3),
     "branches on rank": lambda self, x: F.silu(x) if x.dim() < 5 else x,
     "branches on device": lambda self, x: x if x.is_cuda else F.silu(x),
+    "multiplies by device": lambda self, x: F.relu(x) * (1 - x.is_cuda),
+    "multiplies by device's number": lambda self, x: F.relu(x) * (x.get_device() < 0),
+    "multiplies by rank": lambda self, x: F.relu(x) * (x.dim() < 5),
+    "multiplies by shape": lambda self, x: F.relu(x) * (x.shape[0] < 1000),
+    "multiplies by length": lambda self, x: F.relu(x) * (len(x) < 1000),
+    "multiplies by stride": lambda self, x: F.relu(x) * x.stride()[-1],
+    "multiplies by dtype": lambda self, x: F.relu(x) * (x.dtype != torch.float16),
+    "multiplies by truth": lambda self, x: F.relu(x) * bool(x.isnan().sum() < 7),
+    "multiplies by what is recorded": lambda self, x: F.relu(x) * x.requires_grad,
+    "multiplies by mode": lambda self, x: F.relu(x) * is_grad_enabled(),
+    "multiplies by default dtype": lambda self, x: F.relu(x) * (torch.get_default_dtype() == torch.float32),
     "branches on values": lambda self, x: F.silu(x) if x.sum() != 3.0 else x,
     "counts globally": counts_globally,
     "logs": logs,
@@ -250,6 +276,55 @@ def test_what_is_remembered_of_a_class_is_its_forward_and_its_numbers():
     assert name_of(made) is None and name_of(Leaky(0.01)) == "leaky_relu"
     Leaky.forward = lambda self, x: F.silu(x)
     assert name_of(Leaky(0.01)) == "silu"
+
+
+class Parent(nn.Module):
+    beta = 1.0
+
+    def helper(self, x):
+        return F.silu(x)
+
+
+class Child(Parent):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x):
+        return self.scale * self.helper(self.beta * x)
+
+
+CHANGES = {
+    "a number": (Child, "beta", 3.0),
+    "a number of its parent": (Parent, "beta", 3.0),
+    "a helper": (Child, "helper", lambda self, x: F.relu(x)),
+    "a helper of its parent": (Parent, "helper", lambda self, x: F.relu(x)),
+    "its forward": (Child, "forward", lambda self, x: x),
+    "what stands before its own": (Parent, "scale", property(lambda self: 2.0, lambda self, value: None)),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "value"), CHANGES.values(), ids=CHANGES)
+def test_a_class_that_changes_is_another(owner, name, value, monkeypatch):
+    made = Child()
+    assert name_of(made) == name_of(Child()) == "silu"
+    act = Act("silu", known=(made, own_attributes(made)))
+    assert act.now(made) == "silu"
+    with monkeypatch.context() as changed:
+        changed.setattr(owner, name, value, raising=False)
+        assert act.now(made) is None and name_of(made) != "silu" and name_of(Child()) != "silu"
+    assert act.now(made) == name_of(made) == name_of(Child()) == "silu"
+    made.scale = 2.0
+    assert act.now(made) is None and name_of(made) is None
+
+
+def test_another_class_is_looked_at():
+    made = Child()
+    act = Act("silu", known=(made, own_attributes(made)))
+    made.__class__ = type("Child", (Child,), {"beta": 2.0})
+    assert act.now(made) is None and name_of(made) is None
+    made.__class__ = type("Child", (Child,), {})
+    assert act.now(made) == name_of(made) == "silu"
 
 
 # What nodes call

@@ -4,6 +4,8 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -46,19 +48,18 @@ def fuse(path: Path, *, input: Shapes = None, dtype: Dtype = None) -> None:
     With --input, for each argument of the model, it runs once, on zeros, and the report says what a step saves.
     """
     model = _model(path)
-    if dtype is not None and dtype.is_floating_point:
-        model.to(dtype)
-    fusedact.fuse(model)
-    if not input:
-        print(fusedact.report(model))
-        return
-    if dtype is None:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tuple(torch.zeros(shape, dtype=dtype, device="cpu") for shape in input)
-    try:
+    with _in_one_line(path):
+        if dtype is not None and dtype.is_floating_point:
+            model.to(dtype)
+        fusedact.fuse(model)
+    inputs = None
+    if input:
+        if dtype is None:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        with _in_one_line("--input"):
+            inputs = tuple(torch.zeros(shape, dtype=dtype, device="cpu") for shape in input)
+    with _in_one_line("--input: the model raised" if input else path):
         report = fusedact.report(model, inputs)
-    except Exception as error:
-        raise typer.BadParameter(f"--input: the model raised {_first_line(error)}") from error
     print(report)
 
 
@@ -69,19 +70,26 @@ def _model(path: str) -> nn.Module:
         raise typer.BadParameter(f"{path!r}, expected module:factory as models.vit:build")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    argv, sys.argv = sys.argv, [path]  # ours are not for a factory that reads them
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        if not isinstance(found, nn.Module) and callable(found):
-            with torch.device("cpu"):
+        with _in_one_line(path), torch.device("cpu"):
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+            if not isinstance(found, nn.Module) and callable(found):
                 found = found()
-    except Exception as error:
-        raise typer.BadParameter(f"{path}: {_first_line(error)}") from error
+    finally:
+        sys.argv = argv
     if not isinstance(found, nn.Module):
         raise typer.BadParameter(f"{path}: expected a torch.nn.Module, received {type(found).__name__}")
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+@contextmanager
+def _in_one_line(where: str) -> Iterator[None]:
+    """What someone else's code raises, or exits with, as a fault of the command line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise typer.BadParameter(f"{where}: {line}") from error

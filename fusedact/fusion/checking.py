@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves, tree_map, tree_map_with_path
 
+from fusedact.fusion.inputs import arguments, evaluating
+
 Results = dict[str, Tensor | None]
 Stock = Callable[[nn.Module], AbstractContextManager[Any]]
 RUNS = 8  # of stock, where its first may have been lucky
@@ -19,7 +21,7 @@ def compare(model: nn.Module, stock: Stock, inputs: Any) -> None:
     """Run the fused model and, within stock(model), its original forwards, on the same inputs.
 
     inputs: a tensor, a tuple of arguments or a dict of keyword arguments. In eval mode with gradients on; every mode,
-    `.grad` and random state is afterwards what it was.
+    buffer, `.grad` and random state is afterwards what it was.
 
     Each floating output, and the gradient of each input and parameter from one random number per output, may err from
     the same in float64 by twice what stock errs by and 1e-6 (1e-12 in float64), by norm and by maximum, both relative
@@ -30,14 +32,15 @@ def compare(model: nn.Module, stock: Stock, inputs: Any) -> None:
 
     Raises RuntimeError for the first that errs by more, with its path and both errors.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     ours = _results(model, args, kwargs)
     with stock(model):
         runs = [_results(model, args, kwargs)]
     try:
         exact = copy.deepcopy(model).double()
         with stock(exact):
-            truth = _results(exact, *tree_map(_double, (args, kwargs)))
+            widened = tree_map(lambda t: t.double() if _is_floating(t) else t, (args, kwargs))
+            truth = _results(exact, *widened)
     except Exception as error:
         error.add_note("This is the model's copy in float64, which the check takes for the truth.")
         raise
@@ -50,18 +53,8 @@ def compare(model: nn.Module, stock: Stock, inputs: Any) -> None:
         raise RuntimeError(found)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    raise TypeError(f"inputs must be a Tensor, a tuple of arguments or a dict of keywords, not {type(inputs).__name__}")
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Results:
@@ -70,11 +63,9 @@ def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     def given(path: Any, value: Any) -> Any:
         """A tensor of the inputs, as one that the model may write into."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_floating_point():
+        if _is_floating(value):
             value = leaves[f"the gradient of inputs{keystr(path)}"] = value.detach().clone().requires_grad_()
-        return value.clone()
+        return value.clone() if isinstance(value, Tensor) else value
 
     with _undisturbed(model, (args, kwargs)):
         args, kwargs = tree_map_with_path(given, args), tree_map_with_path(given, kwargs)
@@ -93,24 +84,28 @@ def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @contextmanager
 def _undisturbed(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """In eval mode with gradients on, modes and random states restored."""
-    modes = {module: module.training for module in model.modules()}
+    """In eval mode with gradients on; modes, buffers and random states restored."""
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    values = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     tensors = [*model.parameters(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
     devices = sorted({t.get_device() for t in tensors if t.is_cuda})
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         try:
-            model.eval()
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module, before in buffers.items():
+                module._buffers.clear()
+                module._buffers.update(before)
+            with torch.no_grad():
+                for buffer, value in values.items():
+                    if value.layout != torch.strided or not buffer.equal(value):  # one that expands cannot be written
+                        buffer.copy_(value)
 
 
 def _floating(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     """The floating tensors of an output with their paths, whatever holds them."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield path, value
+    if _is_floating(value):
+        yield path, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
             yield from _floating(part, f"{path}[{key!r}]")
@@ -122,8 +117,8 @@ def _floating(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
             yield from _floating(part, f"{path}[{at}]")
     else:
         for at, part in enumerate(tree_leaves(value)):
-            if isinstance(part, Tensor):
-                yield from _floating(part, f"{path}[{at}]")
+            if _is_floating(part):
+                yield f"{path}[{at}]", part
 
 
 def _random(y: Tensor) -> Tensor:
@@ -174,14 +169,10 @@ def _difference(ours: Tensor | None, runs: list[Tensor | None], truth: Tensor | 
         return "has NaN or infinities in other places than stock's"
     for measure, size, allowed in (
         ("by norm", torch.linalg.norm, slack + few),
-        ("by its maximum", _maximum, slack + max(few, rounding / 2)),
+        ("by its maximum", lambda t: t.abs().max() if t.numel() else t.sum(), slack + max(few, rounding / 2)),
     ):
         whole = size(c[usual]).item() or 1.0
         error, *own = (size((t - c)[usual]).item() / whole for t in (a, *b))
         if error > 2 * max(own) + allowed:
             return f"errs from float64 by {error:.2e} {measure}, stock's by {max(own):.2e}"
     return None
-
-
-def _maximum(t: Tensor) -> Tensor:
-    return t.abs().max() if t.numel() else t.sum()

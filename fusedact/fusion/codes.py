@@ -2,26 +2,61 @@
 
 import builtins
 import dis
+import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, type(None))
+PLAIN = frozenset(
+    {bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.Size, type(None)}
+)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _LIBRARIES = sys.stdlib_module_names | {"torch"}
+_RANDOM = "seeds or keeps random numbers"
+_MODES = "asks for what torch is set to"
 _DOES = {
     "print": "prints",
-    "is_grad_enabled": "asks whether gradients are recorded",
-    "is_autocast_enabled": "asks for autocast",
-    "is_compiling": "asks whether it is compiled",
-    "is_torchdynamo_compiling": "asks whether it is compiled",
-    "time": "asks for the time",
-    "perf_counter": "asks for the time",
+    "open": "opens files",
+    **dict.fromkeys(("setattr", "delattr"), "writes an attribute"),
+    **dict.fromkeys(("exec", "eval", "globals", "locals"), "runs or reads what is not in its code"),
+    "checkpoint": "is checkpointed inside",
+    "checkpoint_sequential": "is checkpointed inside",
+    **dict.fromkeys(("__class__", "is_tensor"), "asks for types"),
+    "environ": "reads the environment",
+    "getenv": "reads the environment",
+    **dict.fromkeys(("time", "perf_counter", "monotonic", "now"), "asks for the time"),
+    **dict.fromkeys(("manual_seed", "seed", "get_rng_state", "set_rng_state"), _RANDOM),
+    **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), _MODES),
+    **dict.fromkeys(("get_default_dtype", "are_deterministic_algorithms_enabled", "get_autocast_dtype"), _MODES),
+    **dict.fromkeys(("is_compiling", "is_torchdynamo_compiling", "is_dynamo_compiling"), _MODES),
 }
-_WRITES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
+_REFUSED = {
+    "PUSH_EXC_INFO": "has a with or a try block",
+    "IMPORT_NAME": "imports",
+    "STORE_ATTR": "writes an attribute",
+    "DELETE_ATTR": "deletes an attribute",
+    "STORE_GLOBAL": "writes a global",
+    "DELETE_GLOBAL": "writes a global",
+    "MATCH_CLASS": "asks for types",
+    "YIELD_VALUE": "is a generator",
+}
+_ASKED = (
+    "isinstance",
+    "issubclass",
+    "hasattr",
+    "getattr",
+    "type",
+    "callable",
+    "id",
+    "hash",
+    "str",
+    "repr",
+    "vars",
+    "dir",
+)
 
 
 class Untraceable(Exception):
@@ -29,53 +64,127 @@ class Untraceable(Exception):
 
 
 class Constant(NamedTuple):
-    """A plain value that code found under a name of its module, or of one that it imports."""
+    """A plain value, a function or a class that code found under a name: of its module, a class, or closed over."""
 
-    place: dict[str, Any]
+    place: Mapping[str, Any] | types.CellType
     name: str
     value: Any
 
     def holds(self) -> bool:
-        value = self.place.get(self.name)
-        return type(value) is type(self.value) and value == self.value
+        place = self.place
+        value = place.cell_contents if isinstance(place, types.CellType) else place.get(self.name)
+        return value is self.value or (type(value) in PLAIN and type(value) is type(self.value) and value == self.value)
 
 
-def constants(function: Any) -> list[Constant]:
-    """The plain globals that a function reads, and the functions that it calls, but torch's and Python's own.
+class Reader:
+    """Reads the code that a trace runs. constants: what it found, which must be found again at a call.
 
-    Raises Untraceable for code that reads any other global or closed-over object, or does what a graph does not show.
+    answers: what isinstance and the like say to that code instead.
     """
-    found: list[Constant] = []
-    pending, seen = [function], {id(function)}
-    while pending:
-        function = pending.pop()
-        inner = getattr(function, "__wrapped__", None)
-        for value in [*([] if inner is None else [inner]), *_read(function, found)]:
-            if isinstance(value, types.FunctionType) and not _of_library(value) and id(value) not in seen:
-                seen.add(id(value))
-                pending.append(value)
-    return found
+
+    def __init__(self, answers: Mapping[str, Callable[..., Any]]) -> None:
+        self.constants: list[Constant] = []
+        self._answers = answers
+        self._told: dict[Any, Any] = {}
+
+    def told(self, function: Any) -> Any:
+        """The function as a trace may run it, with all of the user's that it calls.
+
+        Raises Untraceable for code that does or reads what a graph does not show.
+        """
+        if isinstance(function, functools.partial):
+            self.told(function.func)
+            return function
+        if not isinstance(function, types.FunctionType) or _is_library(function):
+            return function
+        if function not in self._told:
+            self._told[function] = function  # of a recursive one
+            if hasattr(function, "__wrapped__"):
+                self.told(function.__wrapped__)
+                if _root(function.__globals__.get("__name__")) in _LIBRARIES:
+                    raise Untraceable("its forward is decorated by a library")
+            if any(type(default) not in PLAIN | {tuple, type} for default in function.__defaults__ or ()):
+                raise Untraceable("its forward has a default that may change")
+            self._told[function] = self._copy(function)
+        return self._told[function]
+
+    def _copy(self, function: types.FunctionType) -> types.FunctionType:
+        """The function with our answers, and the functions that it calls told likewise, among its globals."""
+        places: dict[str, Any] = {}
+        for code in _codes(function.__code__):
+            for name in _globals(code):
+                if name in _ASKED and name not in function.__globals__:
+                    places[name] = self._answers[name]
+                else:
+                    self._read(
+                        function.__globals__ if name in function.__globals__ else vars(builtins), name, code, places
+                    )
+            if "super" in code.co_names:
+                self._parents(function, code)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name != "__class__" and self._look(cell, name, cell.cell_contents, function.__code__) is not None:
+                raise Untraceable(f"its forward calls `{name}`, which is closed over")
+        globals_ = {**function.__globals__, **places}
+        copy = types.FunctionType(
+            function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy
+
+    def _read(self, place: Mapping[str, Any], name: str, code: types.CodeType, into: dict[str, Any]) -> None:
+        told = self._look(place, name, place.get(name), code)
+        if told is not None:
+            into[name] = told
+
+    def _look(self, place: Any, name: str, value: Any, code: types.CodeType) -> Any:
+        """Note what was found; the user's functions are returned as told."""
+        if isinstance(value, types.ModuleType):
+            if _root(value.__name__) not in _LIBRARIES:
+                for attribute in set(code.co_names) & vars(value).keys():
+                    if self._look(vars(value), attribute, vars(value)[attribute], code) is not None:
+                        raise Untraceable(f"its forward calls `{attribute}` of a module of its own")
+            return None
+        if isinstance(value, FUNCTIONS):
+            if getattr(value, "__name__", "") in _DOES:
+                raise Untraceable(f"its forward {_DOES[value.__name__]}")
+            if place is not vars(builtins):
+                self.constants.append(Constant(place, name, value))
+            if isinstance(value, type) and _root(value.__module__) not in _LIBRARIES | {"builtins"}:
+                self._class(value, code)
+            told = self.told(value)
+            return told if told is not value else None
+        if type(value) not in PLAIN and not _root(type(value).__module__) == "typing":
+            raise Untraceable(f"its forward reads `{name}` ({type(value).__name__}), which may change")
+        self.constants.append(Constant(place, name, value))
+        return None
+
+    def _class(self, kind: type, code: types.CodeType) -> None:
+        """What code may read of a class of the user's."""
+        for attribute in set(code.co_names) & vars(kind).keys():
+            value = vars(kind)[attribute]
+            inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            if self._look(vars(kind), attribute, inner, code) is not None:
+                raise Untraceable(f"its forward calls `{attribute}` of {kind.__name__}")
+
+    def _parents(self, function: types.FunctionType, code: types.CodeType) -> None:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        kind = cells["__class__"].cell_contents if "__class__" in cells else object
+        for base in kind.__mro__[1:]:
+            for name in set(code.co_names) & vars(base).keys():
+                method = vars(base)[name]
+                if isinstance(method, types.FunctionType) and self.told(method) is not method:
+                    asks = {n for c in _codes(method.__code__) for n in _globals(c)} & set(_ASKED)
+                    if asks:
+                        raise Untraceable("its forward asks for types, in a class that it inherits from")
 
 
-def _of_library(function: Any) -> bool:
-    return (getattr(function, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+def _is_library(function: types.FunctionType) -> bool:
+    """torch's or Python's own, not the user's in a decorator of theirs."""
+    return {_root(function.__module__), _root(function.__globals__.get("__name__"))} <= _LIBRARIES
 
 
-def _read(function: types.FunctionType, found: list[Constant]) -> Iterator[Any]:
-    """The functions that its code has at hand; plain values go to `found`."""
-    places = function.__globals__
-    for code in _codes(function.__code__):
-        for instruction in dis.get_instructions(code):
-            name = instruction.argval
-            if name in _DOES and "LOAD" in instruction.opname:
-                raise Untraceable(f"its forward {_DOES[name]}")
-            if instruction.opname in _WRITES and name not in code.co_cellvars:
-                raise Untraceable(f"its forward writes `{name}`")
-            if instruction.opname == "LOAD_GLOBAL":
-                yield from _value(places if name in places else vars(builtins), name, code, found)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name != "__class__":
-            yield from _value({name: cell.cell_contents}, name, function.__code__, found)
+def _root(name: str | None) -> str:
+    return (name or "").partition(".")[0]
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -86,15 +195,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _value(place: dict[str, Any], name: str, code: types.CodeType, found: list[Constant]) -> Iterator[Any]:
-    value = place.get(name)
-    if isinstance(value, FUNCTIONS):
-        yield value
-    elif isinstance(value, types.ModuleType):
-        if value.__name__.partition(".")[0] not in _LIBRARIES:
-            for attribute in set(code.co_names) & vars(value).keys():
-                yield from _value(vars(value), attribute, code, found)
-    elif isinstance(value, PLAIN):
-        found.append(Constant(place, name, value))
-    elif not (type(value).__module__ or "").startswith(("typing", "torch")):
-        raise Untraceable(f"its forward reads `{name}`, a {type(value).__name__} that may change")
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """The globals that it reads. Untraceable where it does what no graph shows."""
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname in _REFUSED:
+            raise Untraceable(f"its forward {_REFUSED[instruction.opname]}")
+        if instruction.opname == "STORE_DEREF" and name in code.co_freevars:
+            raise Untraceable(f"its forward writes `{name}`")
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD") and name in _DOES:
+            raise Untraceable(f"its forward {_DOES[name]}")
+        if instruction.opname == "LOAD_GLOBAL":
+            yield name

@@ -37,9 +37,6 @@ def _wrapped(cell: str, width: int) -> list[str]:
         if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
             lines.append("")
         lines[-1] += piece
-    return [_cut(line.rstrip(), width) for line in lines]
-
-
-def _cut(line: str, width: int) -> str:
-    half = (width - 1) // 2
-    return line if len(line) <= width else f"{line[: width - 1 - half]}…{line[len(line) - half :]}"
+    tail = (width - 1) // 2
+    lines = [line.rstrip() for line in lines]
+    return [line if len(line) <= width else f"{line[: width - 1 - tail]}…{line[len(line) - tail :]}" for line in lines]

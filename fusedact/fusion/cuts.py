@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedact import functional
+from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.nodes import called, product
 from fusedact.fusion.running import Module
 from fusedact.nn.hooks import is_plain
@@ -70,34 +72,32 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[type[nn.Module] | Non
 
 
 def cut(module: nn.Module, graph: fx.Graph, gives: str) -> None:
-    """Let the graph end before what the loss takes over. RuntimeError where it no longer ends so."""
+    """Let the graph end before what the loss takes over. Untraceable where it no longer ends so."""
     end = end_of(module, graph)
     if end is None or (gives == HIDDEN and end.linear is None):
-        raise RuntimeError(f"{type(module).__name__} no longer ends in what its loss took over: unfuse() it first")
+        raise Untraceable("it no longer ends in what its loss took over")
     output = _output(graph)
     last: Any = output.args[0]
     with graph.inserting_before(output):
         if gives == HIDDEN:
             layer = graph.create_node("get_attr", str(end.linear.target))  # type: ignore[union-attr]
-            new = graph.call_function(_hidden, (end.linear.args[0], layer))  # type: ignore[union-attr]
+            new = graph.call_function(_hidden, (end.linear.args[0], layer, end.dim))  # type: ignore[union-attr]
         else:
-            new = end.logits if end.dim in (None, 1) else graph.call_function(_of_two_dims, (end.logits, end.dim))
+            new = end.logits if end.dim is None else graph.call_function(_logits, (end.logits, end.dim))
     output.args = (new,)
     while last is not new and not last.users:
         last, unused = last.args[0], last
         graph.erase_node(unused)
 
 
-def _hidden(x: Tensor, layer: Module) -> Hidden | Tensor:
-    if type(layer) in (nn.Linear, Linear) and is_plain(layer) and x.dim() <= 2:
+def _hidden(x: Tensor, layer: Module, dim: int | None) -> Hidden | Tensor:
+    """The hidden state of rows; of anything else what the model would give but for its last softmax."""
+    if type(layer) in (nn.Linear, Linear) and is_plain(layer) and x.dim() == 2:
         return Hidden(x, layer.weight, layer.bias)
-    return layer(x)
+    return layer(x) if dim is None else _logits(layer(x), dim)
 
 
-def _of_two_dims(logits: Tensor, dim: int) -> Tensor:
-    """The class dimension of a loss is 1, or the only one: only so is it the softmax's."""
-    if dim not in (logits.dim() - 1, -1) or logits.dim() > 2:
-        raise RuntimeError(
-            f"the model's log-softmax is along dim {dim} of {tuple(logits.shape)}, not the loss's classes: unfuse()"
-        )
-    return logits
+def _logits(logits: Tensor, dim: int) -> Tensor:
+    """The loss takes the softmax along its classes, dimension 1; along any other the model does."""
+    is_classes = dim == 1 or (dim == -1 and logits.dim() == 2)
+    return logits if is_classes and logits.dim() > 1 else functional.log_softmax(logits, dim)

@@ -62,14 +62,15 @@ def chain_saves(layers: Sequence[ChainLayer], dtype: torch.dtype) -> tuple[int, 
     return width, Saves((forward, backward), (moved, moved_back))
 
 
-def convolution_saves(activation: Activation, bias: bool) -> Saves:
+def convolution_saves(activation: Activation, bias: bool, depthwise: bool) -> Saves:
     """act(x * W + b), whose product is torch's on both sides.
 
     cuDNN's has no bias: torch adds it in an operation of its own (ATen/native/Convolution.cpp: `output.add_`), which
-    reads and writes the product; ours adds it in the activation's pass. Backward as in linear_saves. A depthwise layer
-    that torch runs without cuDNN has the bias in its kernel, and saves nothing forward.
+    reads and writes the product; ours adds it in the activation's pass. Torch's own kernel of a depthwise layer adds it
+    itself, so that nothing is saved forward. Backward as in linear_saves.
     """
-    return Saves((int(bias), bias + activation.learned), (2 * bias, bias + 2 * activation.learned))
+    apart = bias and not depthwise
+    return Saves((int(apart), bias + activation.learned), (2 * apart, bias + 2 * activation.learned))
 
 
 def gated_saves() -> Saves:

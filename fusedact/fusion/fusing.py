@@ -1,18 +1,20 @@
 """fuse, unfuse and report."""
 
+import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from fusedact import nn as fnn
 from fusedact.fusion.checking import compare
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.losses import join
 from fusedact.fusion.nodes import describe, is_product
-from fusedact.fusion.programs import JOINED, Program, analysed, attach, detach, is_fused, original
+from fusedact.fusion.programs import CUT, JOINED, Program, analysed, attach, detach, original
 from fusedact.fusion.reporting import Report, positions
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import CONVOLUTIONS
@@ -46,11 +48,9 @@ def fuse(model: nn.Module, loss: Any = None, *, check: Any = None, allow_differe
     """
     _check_model("fuse", model)
     for path, module in model.named_modules():
-        programs = _programs(module, path)
-        if programs:
-            attach(module, programs)
-        elif is_fused(module):
-            detach(module)
+        if loss is not None:
+            vars(module).pop(CUT, None)  # of another loss
+        _renew(module, path)
     try:
         if check is not None:
             compare(model, _as_it_was, check)
@@ -96,17 +96,47 @@ def _check_model(caller: str, model: Any) -> None:
         raise TypeError(f"{caller}() takes a torch.nn.Module, got {type(model).__name__}")
 
 
-def _programs(module: nn.Module, path: str) -> tuple[Program, ...]:
-    if not _has_forward(module) or _replaced(module) or type(module) is fnn.Sequential:
-        return ()
+def _renew(module: nn.Module, path: str) -> None:
+    """Fuse what can be fused in the module's own forward as it is now; nothing, where it cannot be looked at."""
     try:
-        return analysed(module, path)[0]
+        programs = _looked_at(module, path)[0] if type(module) is not fnn.Sequential else ()
+        if programs:
+            attach(module, programs)
     except Untraceable:
-        return ()
+        programs = ()
+    if not programs and type(module) is not original(type(module)):
+        detach(module)
 
 
-def _replaced(module: nn.Module) -> str | None:
-    return "its forward was replaced" if "forward" in vars(module) else None
+def _looked_at(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Site]]:
+    if not _has_forward(module):
+        return (), []
+    if (why := _unfit(module)) is not None:
+        raise Untraceable(why)
+    try:
+        return analysed(module, path)
+    except Untraceable:
+        raise
+    except Exception as error:  # a model may be anything; what fuse() cannot look at it leaves
+        text = str(error).partition("\n")[0]
+        raise Untraceable(f"fuse() fails to look at it: {type(error).__name__}, {text}") from error
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why its class must stay what it is."""
+    kind = original(type(module))
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if issubclass(kind, fx.GraphModule | torch.jit.ScriptModule):
+        return f"it is a {kind.__name__}, whose forward torch makes"
+    if type(kind) not in (type, abc.ABCMeta):
+        return f"its class is made by another metaclass, {type(kind).__name__}"
+    if any(
+        "__slots__" in vars(base) for base in kind.__mro__ if base is not object and not issubclass(nn.Module, base)
+    ):
+        return "its class has slots"
+    own = kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
+    return "its class says itself how it is copied" if own else None
 
 
 @contextmanager
@@ -123,21 +153,18 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether its forward may hold a site: a Sequential's, and any that neither torch nor fusedact wrote."""
+    """Whether its forward may hold a site: those of torch's own layers without children, and of lists, do not."""
     kind = original(type(module))
-    return issubclass(kind, nn.Sequential) or not kind.__module__.startswith(("torch.nn.", "fusedact.nn."))
+    of_library = kind.__module__.startswith(("torch.nn.", "fusedact."))
+    return kind not in _CONTAINERS and (not of_library or next(module.children(), None) is not None)
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
     if JOINED in vars(model):
         yield vars(model)[JOINED]
     for path, module in model.named_modules():
-        if not _has_forward(module):
-            continue
         try:
-            if (why := _replaced(module)) is not None:
-                raise Untraceable(why)
-            _, found = analysed(module, path)
+            _, found = _looked_at(module, path)
         except Untraceable as error:
             found = [
                 Site(path, (f"{path}.{name}".lstrip("."),), _kind(child), describe(child), str(error))

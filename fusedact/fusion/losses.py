@@ -15,7 +15,7 @@ from fusedact import nn as fnn
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import HIDDEN, LOGITS, End, Hidden, end_of
 from fusedact.fusion.nodes import called, name_of, watched
-from fusedact.fusion.programs import CUT, END, analysed, attach, forward_of, original
+from fusedact.fusion.programs import CUT, DIM, END, analysed, attach, forward_of, original
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import trace
 
@@ -41,13 +41,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class NLLLoss(nn.NLLLoss):
-    """torch's, on the logits or the hidden state of a model joined with it; log-probabilities are logits as well."""
+    """torch's, on the logits or the hidden state of a model joined with it; log-probabilities are logits as well.
+
+    What the model's softmax was not taken along the classes of, more dims than (N, C) of one along dim -1, it gives as
+    log-probabilities, and these are taken as such.
+    """
 
     _original = nn.NLLLoss
 
     def forward(self, input: Tensor | Hidden, target: Tensor) -> Tensor:  # type: ignore[override]
-        if target.is_floating_point():
-            return F.nll_loss(input, target)  # type: ignore[arg-type]  # torch's error
+        if isinstance(input, Tensor) and (target.is_floating_point() or (vars(self)[DIM] == -1 and input.dim() != 2)):
+            return functional.nll_loss(input, target, self.weight, None, self.ignore_index, None, self.reduction)
         return _cross_entropy(self, input, target, 0.0)
 
 
@@ -128,6 +132,8 @@ def join(model: nn.Module, loss: Any, allow_different: bool) -> tuple[Any, Site]
     loss.__class__ = _JOINED[stock]
     if stock is nn.BCELoss:
         vars(loss)[END] = weakref.ref(owner)
+    if stock is nn.NLLLoss:
+        vars(loss)[DIM] = end.dim
     parts = ["Linear"] if gives == HIDDEN else []
     parts += [] if end.activation is None else [end.activation.__name__]
     returns = "hidden state, weight and bias" if gives == HIDDEN else "logits"
@@ -174,7 +180,7 @@ def _end_of_model(model: nn.Module) -> tuple[str, nn.Module, End]:
             raise Apart(f"the model ends in {_ending(child, last)}")
         if times[id(child)] > 1 or sum(node.target == last.target for node in traced.graph.nodes) > 1:
             raise Apart(f"{last.target} is called more than once")
-        if traced.fixed or any(read.name != "_modules" for read in traced.reads):
+        if traced.fixed or not all(read.of_structure for read in traced.reads):
             raise Apart(f"{type(module).__name__} does more than to hand on what {last.target} gives")
         if watched(child) is not None:
             raise Apart(f"{last.target}: {watched(child)}")

@@ -100,8 +100,10 @@ def applied(root: nn.Module, node: fx.Node) -> Applied | None:
         entry = by_name(name)
         values = entry.parameters(given)
         input = node.args[0] if node.args else node.kwargs["input"]
-        act = Act(_made(entry, values), apply=_apply(node))
-        return Applied(node, input, act, entry, values, None) if isinstance(input, fx.Node) else None
+        made = _made(entry, values)
+        if made is None or not isinstance(input, fx.Node):
+            return None
+        return Applied(node, input, Act(made, apply=_apply(node)), entry, values, None)
     module = called(root, node)
     found = None if module is None else activation_of(module)
     if found is None:
@@ -111,11 +113,16 @@ def applied(root: nn.Module, node: fx.Node) -> Applied | None:
     return Applied(node, node.args[0], act, entry, values, watched(module))  # type: ignore[arg-type]
 
 
-def _made(entry: Activation, values: tuple[float, ...]) -> str | nn.Module:
-    """What functional.linear takes for it: its name, or torch's module with these parameters."""
+def _made(entry: Activation, values: tuple[float, ...]) -> str | nn.Module | None:
+    """What functional.linear takes for it: its name, or torch's module with these parameters, where it takes them."""
     if values == entry.default_values or entry.module is None:
         return entry.name
-    return entry.module(**dict(zip((name for name, _ in entry.defaults), values, strict=True)))
+    if not entry.valid(*values):
+        return None
+    try:
+        return entry.module(**dict(zip((name for name, _ in entry.defaults), values, strict=True)))
+    except (AssertionError, RuntimeError, ValueError):  # which the function takes: hardtanh with equal bounds
+        return None
 
 
 def _apply(node: fx.Node) -> Callable[[Tensor], Tensor]:

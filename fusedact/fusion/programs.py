@@ -16,13 +16,14 @@ from fusedact.fusion import sites
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import cut
 from fusedact.fusion.site import Site
-from fusedact.fusion.tracing import Read, Trace, trace
+from fusedact.fusion.tracing import Read, Trace, original, trace
 from fusedact.nn.container import Sequential
 
 CUT = "_fusedact_cut"  # attribute of a module whose end a loss took over: what it gives in training
 JOINED = "_fusedact_loss"  # attribute of a model that was given a loss: the site where they meet
 END = "_fusedact_end"  # attribute of a loss: a weak reference to the module whose end it took over; None in a copy
-_OURS = ("_fusedact", CUT, JOINED, END)
+DIM = "_fusedact_dim"  # attribute of a loss: along which dimension the model's softmax was
+_OURS = ("_fusedact", CUT, JOINED, END, DIM)
 
 
 class Program(NamedTuple):
@@ -38,7 +39,7 @@ class Program(NamedTuple):
 
     def inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensors to run it on; None where the call is another than the traced one."""
-        _, names, fixed, reads, constants, dtype = self.traced
+        _, names, fixed, reads, constants, one_dtype = self.traced
         if len(args) > len(names) or forward_of(type(module)) is not self.own:
             return None
         given = dict(zip(names, args, strict=False))
@@ -51,9 +52,12 @@ class Program(NamedTuple):
             return None
         if any(given[name] is not value for name, value in fixed.items() if name in given):
             return None
-        if not all(read.holds(module) for read in reads) or not all(constant.holds() for constant in constants):
+        dtype = inputs[0].dtype if inputs and all(x.dtype is inputs[0].dtype for x in inputs) else None
+        if one_dtype and (
+            dtype is None or not dtype.is_floating_point or backend.autocast_dtype(inputs[0]) is not None
+        ):
             return None
-        if dtype is not None and not all(x.dtype is dtype and backend.autocast_dtype(x) is None for x in inputs):
+        if not all(read.holds(module, dtype) for read in reads) or not all(known.holds() for known in constants):
             return None
         return inputs
 
@@ -92,11 +96,6 @@ def forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
 def _compiled(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of the module and its inputs."""
     return type(fx.GraphModule(module, graph)).forward
-
-
-def original(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused one was made of."""
-    return vars(kind).get("_original", kind)
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -2,78 +2,63 @@
 
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fusedact.fusion.columns import GAP, table
+from fusedact.fusion.inputs import arguments, evaluating
+from fusedact.fusion.nodes import is_product
 from fusedact.fusion.rows import Row, rows
 from fusedact.fusion.site import Site
+from fusedact.fusion.tracing import CONVOLUTIONS
 
 
 class Passed(NamedTuple):
     """What went through a product layer in one forward: its calls, and the positions of all of them.
 
-    A position is a row of a linear layer, or a pixel of a convolution's output.
+    A position is a row of a linear layer, or a pixel of a convolution's output. layer: its first path.
     """
 
-    calls: int
-    positions: int
+    calls: float
+    positions: float
+    layer: str
 
 
 def positions(model: nn.Module, inputs: Any) -> dict[str, Passed]:
-    """{path: what went through}, of each linear layer and convolution that model(inputs) calls.
+    """{path: what went through}, of each linear layer and convolution of the model as model(inputs) calls it, or not.
 
     inputs: a tensor, a tuple of arguments or a mapping of keyword arguments. Runs once, in eval mode, without
     gradients; modes are put back and hooks taken away, also when it raises.
     """
-    found: dict[str, Passed] = {}
+    args, kwargs = arguments(inputs)
+    found = {module: Passed(0, 0, path) for path, module in model.named_modules() if is_product(module)}
 
-    def counting(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def count(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.numel():
-                width = module.out_channels if isinstance(module, _ConvNd) else output.shape[-1]
-                calls, rows = found.get(path, (0, 0))
-                found[path] = Passed(calls + 1, rows + output.numel() // width)
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        calls, passed, path = found[module]
+        if isinstance(output, Tensor) and output.numel():
+            width = module.out_channels if isinstance(module, CONVOLUTIONS) else output.shape[-1]
+            found[module] = Passed(calls + 1, passed + output.numel() // width, path)
 
-        return count
-
-    modes = {module: module.training for module in model.modules()}
-    named = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if _is_product(module)]
-    hooks = [module.register_forward_hook(counting(path)) for path, module in named]
+    hooks = [module.register_forward_hook(count) for module in found]
     try:
-        model.eval()
-        with torch.no_grad():
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        with evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return found
-
-
-def _is_product(module: nn.Module) -> bool:
-    """A convolution, a linear layer, or what holds a matrix as one does: transformers' Conv1D."""
-    if isinstance(module, nn.Linear | _ConvNd):
-        return True
-    weight = getattr(module, "weight", None)
-    matrix = isinstance(weight, nn.Parameter) and weight.dim() == 2
-    return matrix and not isinstance(module, nn.Embedding) and not list(module.children())
+    return {path: found[module] for path, module in model.named_modules(remove_duplicate=False) if module in found}
 
 
 @dataclass(frozen=True)
 class Report:
     """The sites of a model in its order; `print` shows them, those alike in one row.
 
-    passed: what `positions` counted, if it was asked to.
+    passed: what went through each layer for one of the sites that name it, if that was counted.
     """
 
     sites: tuple[Site, ...]
@@ -91,7 +76,8 @@ class Report:
     def launches(self) -> tuple[int, int]:
         """Launches fewer than stock in a step, forward and backward; each site is called once, or as was counted."""
         calls = [(site, passed.calls if (passed := self.passed_at(site)) else 1) for site in self.fused]
-        return sum(n * site.launches[0] for site, n in calls), sum(n * site.launches[1] for site, n in calls)
+        forward, backward = (sum(n * site.launches[at] for site, n in calls) for at in (0, 1))
+        return round(forward), round(backward)
 
     @property
     def bytes(self) -> tuple[int, int] | None:
@@ -100,19 +86,26 @@ class Report:
         if not counted:
             return None
         each = [(passed.positions * site.width * site.itemsize, site.moves) for site, passed in counted]
-        return sum(size * moves[0] for size, moves in each), sum(size * moves[1] for size, moves in each)
+        forward, backward = (sum(size * moves[at] for size, moves in each) for at in (0, 1))
+        return round(forward), round(backward)
 
     def measured(self, passed: Mapping[str, Passed]) -> "Report":
-        """The same with what `positions` counted."""
-        return replace(self, passed=passed)
+        """The same with what `positions` counted; where a layer stands in several places, each has an equal share."""
+        places = Counter(passed[part].layer for site in self.sites for part in site.parts if part in passed)
+        shares: dict[str, Passed] = {}
+        for path, (calls, seen, layer) in passed.items():
+            among = places[layer] or 1
+            shares[path] = Passed(calls / among, seen / among, layer)
+        return replace(self, passed=shares)
 
     def passed_at(self, site: Site) -> Passed | None:
-        """What went through a site: through a layer of its own, else through those of its module, where all agree."""
-        if self.passed is None:
+        """What went through a site: through a layer of its own, or, if it has none, its module's, where all agree."""
+        if self.passed is None or site.kind == "loss":
             return None
         own = [self.passed[part] for part in site.parts if part in self.passed]
-        beside = {passed for path, passed in self.passed.items() if path.rpartition(".")[0] == site.module}
-        return own[0] if own else beside.pop() if len(beside) == 1 else None
+        beside = [passed for path, passed in self.passed.items() if path.rpartition(".")[0] == site.module]
+        agree = len({passed[:2] for passed in beside}) == 1
+        return own[0] if own else beside[0] if agree else None
 
     def __str__(self) -> str:
         return self.text(shutil.get_terminal_size((120, 24)).columns)
@@ -138,16 +131,16 @@ def _lines(report: Report, width: int) -> Iterator[str]:
 
 
 def _fused_table(report: Report, width: int) -> Iterator[str]:
-    """With what a step saves where positions were counted, else with what one position saves."""
+    """With what the sites of a row save in a step where positions were counted, else with what each of them saves."""
     fused = rows(report.fused)
-    cells = [[row.where, _times(row), row.sites[0].label, _both(row.sites[0].launches)] for row in fused]
-    heads = ["where", "", "what", "launches"]
+    heads = ["where", "", "what"]
     if report.passed is None:
-        heads += ["bytes a position"]
-        cells = [[*line, _a_position(row.sites[0])] for line, row in zip(cells, fused, strict=True)]
+        heads += ["launches each", "bytes a position"]
+        saved = [_each(row.sites[0]) for row in fused]
     else:
-        heads += ["positions", "bytes a step"]
-        cells = [[*line, *_a_step(report, row)] for line, row in zip(cells, fused, strict=True)]
+        heads += ["positions", "launches", "bytes a step"]
+        saved = [_a_step(report, row) for row in fused]
+    cells = [[row.where, _times(row), row.sites[0].label, *more] for row, more in zip(fused, saved, strict=True)]
     return table(heads, cells, (1, *range(3, len(heads))), width)
 
 
@@ -162,27 +155,28 @@ def _left_tables(report: Report, width: int) -> Iterator[str]:
         yield from table((), cells, (1,), width, 2 * GAP)
 
 
-def _a_position(site: Site) -> str:
+def _each(site: Site) -> tuple[str, ...]:
     size = site.width * site.itemsize
-    return _both((size * site.moves[0], size * site.moves[1])) if size else "-"
+    return _both(site.launches), _both((size * site.moves[0], size * site.moves[1])) if size else "-"
 
 
-def _a_step(report: Report, row: Row) -> tuple[str, str]:
-    """The positions of each site of the row, and the bytes of all of them; '-' for what was not counted."""
+def _a_step(report: Report, row: Row) -> tuple[str, ...]:
+    """Positions, launches and bytes of all sites of the row; '-' for what was not counted."""
     seen = [passed.positions for site in row.sites if (passed := report.passed_at(site))]
-    saved = replace(report, sites=tuple(row.sites)).bytes
-    spelled = " to ".join(f"{n:,}" for n in sorted({min(seen), max(seen)})) if seen else "-"
-    return spelled, "-" if saved is None else _size(sum(saved))
+    saved = replace(report, sites=tuple(row.sites))
+    spelled = f"{round(sum(seen)):,}" if seen else "-"
+    return spelled, _both(saved.launches), "-" if saved.bytes is None else _size(sum(saved.bytes))
 
 
 def _totals(report: Report) -> str:
     saved = report.bytes
     traffic = "" if saved is None else f" and {_size(saved[0])} + {_size(saved[1])} of reads and writes"
-    ask = "; report(model, inputs) counts them" if saved is None else ""
+    ask = "; report(model, inputs) counts them" if report.passed is None else ""
     return (
         f"Saved in a step, forward + backward: {_both(report.launches)} launches{traffic}. By formula, in training, "
-        "where Triton runs, against torch's operations one after the other. A position is a row of a linear layer, or "
-        f"a pixel of a convolution's output{ask}."
+        "where Triton runs, against torch's operations one after the other; an activation of several operations counts "
+        "as one, a linear layer's product as our own kernel's (where the library's is faster, the forward saves "
+        f"nothing). A position is a row of a linear layer, or a pixel of a convolution's output{ask}."
     )
 
 

@@ -37,8 +37,8 @@ def rows(sites: Sequence[Site]) -> list[Row]:
 
 
 def _is_within(site: Site) -> bool:
-    """Whether its first part is a layer of the module, not a function."""
-    return site.parts[0].startswith(f"{site.module}." if site.module else "")
+    """Whether its first part is a layer of the module, not a function; in the model itself its label tells: a class."""
+    return site.parts[0].startswith(f"{site.module}.") if site.module else site.label[0].isupper()
 
 
 def _whole_blocks(group: list[tuple[str, Site]]) -> list[list[tuple[str, Site]]]:

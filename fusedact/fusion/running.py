@@ -19,19 +19,34 @@ from fusedact.nn.hooks import is_plain
 Module = Any  # of any class
 _EVERY = frozenset(vars(nn.Module()))
 SOFTMAXES = {kind: getattr(fnn, kind.__name__) for kind in (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)}
-SOFTMAX_FUNCTIONS = {getattr(F, name): getattr(functional, name) for name in ("softmax", "log_softmax", "softmin")}
+PRODUCT_FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+
+
+def _softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return functional.softmax(input, dim, dtype=dtype)
+
+
+def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return functional.log_softmax(input, dim, dtype=dtype)
+
+
+SOFTMAX_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    **{getattr(F, name): getattr(functional, name) for name in ("softmax", "log_softmax", "softmin")},
+    **dict.fromkeys((torch.softmax, "softmax"), _softmax),
+    **dict.fromkeys((torch.log_softmax, "log_softmax"), _log_softmax),
+}
 
 
 class Act(NamedTuple):
     """An activation as a node applies it, to what `live`, its module now, is given; None where it is a function.
 
     made: what functional.linear takes for it, or None where that is the live module itself.
-    known: the module of another class than torch's that was found to compute it, and its attributes then.
+    known: the module of another class than torch's that was found to compute it, and its own_attributes then.
     apply: what the node does to the pre-activation where it is a function.
     """
 
     made: str | nn.Module | None = None
-    known: tuple[nn.Module, dict[str, Any]] | None = None
+    known: tuple[nn.Module, tuple[dict[str, Any], dict[str, Any]]] | None = None
     apply: Callable[[Tensor], Tensor] | None = None
 
     def now(self, live: Module, into_product: bool = False) -> str | nn.Module | None:
@@ -46,16 +61,31 @@ class Act(NamedTuple):
             return None
         if self.known is None or live is not self.known[0]:
             return None if of_module(live) is None else live
-        if own_attributes(live) != self.known[1] or (torch._C._is_any_autocast_enabled() and not into_product):
+        own, members = self.known[1]
+        if not (_own(live) == own and unchanged(type(live), members)):
             return None
-        return self.made
+        return None if torch._C._is_any_autocast_enabled() and not into_product else self.made
 
     def __call__(self, z: Tensor, live: Module) -> Tensor:
         return live(z) if self.apply is None else self.apply(z)
 
 
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """What it has beyond every module's."""
+def own_attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What it has beyond every module's, and what its classes have, what stands behind the former included."""
+    own, kind = _own(module), type(module)
+    members = {name: getattr(kind, name, None) for name in own}
+    for base in reversed(kind.__mro__):
+        if base not in (nn.Module, object):
+            members.update((name, value) for name, value in vars(base).items() if not name.startswith("__"))
+    return own, members
+
+
+def unchanged(kind: type, members: dict[str, Any]) -> bool:
+    """Whether a module of that class still finds these members in it."""
+    return all(getattr(kind, name, None) is value for name, value in members.items())
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _EVERY}
 
 

@@ -11,7 +11,7 @@ from fusedact.fusion import formulas, running
 from fusedact.fusion.formulas import ChainLayer, Saves
 from fusedact.fusion.nodes import Applied, applied, called, describe, halves, name_of, product, watched
 from fusedact.fusion.site import Site
-from fusedact.fusion.tracing import Trace
+from fusedact.fusion.tracing import Trace, writes
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"}
@@ -48,11 +48,18 @@ class _Search:
                 gate = act.input
                 if act.why is not None or len(act.node.users) > 1 or len(gate.users) > 1 or node in self.done:
                     continue
-                if not (halves(gate, up) or self._same_width(gate, up)):
+                if not (self._same_width(gate, up) or (halves(gate, up) and self._is_still(gate))):
                     continue
                 products = [n for n in (gate, up) if n in self.products]
                 width = self.products[gate].width if products else 0
                 label = f"{act.entry.name}({self._label(gate)}) * {self._label(up)}"
+                if halves(gate, up):
+                    split: Any = gate.args[0]
+                    base = split.args[0]
+                    label = f"{act.entry.name}(half of {self._label(base)}) * its other half"
+                    if base in self.products:
+                        width = self.products[base].width // len({part.args[1] for part in split.users})
+                        products = [] if base.args[0] in self.applied else [base]  # which a chain may end in
                 parts = sorted({act.node, *products}, key=self.order.__getitem__)
                 self._note("gated", parts, label, None, width, formulas.gated_saves())
                 self._replace([act.node, node], node, running.gated(act.act), gate, up, self._live(act.node))
@@ -84,7 +91,9 @@ class _Search:
             act = self._activation_after(node)
             if node in self.done or found.is_linear or found.why is not None or act is None:
                 continue
-            saves = formulas.convolution_saves(act.entry, found.layer.bias is not None)
+            layer = found.layer
+            depthwise = 1 < layer.in_channels == layer.groups and not layer.transposed
+            saves = formulas.convolution_saves(act.entry, layer.bias is not None, depthwise)
             label = f"{self._label(node)} + {self._label(act.node)}"
             self._note("convolution", [node, act.node], label, None, found.width, saves)
             target = running.convolution(type(found.layer), act.act)
@@ -103,12 +112,20 @@ class _Search:
                 self._note("softmax", [node], describe(module), watched(module), 0, _NOTHING)
                 if watched(module) is None:
                     self._replace([node], node, running.softmax, node.args[0], self._live(node))
-            elif node.op == "call_function" and node.target in running.SOFTMAX_FUNCTIONS:
+            elif node.op in ("call_function", "call_method") and node.target in running.SOFTMAX_FUNCTIONS:
+                if "out" in node.kwargs:
+                    continue
                 self._note("softmax", [node], name_of(node), None, 0, _NOTHING)
-                node.target = running.SOFTMAX_FUNCTIONS[node.target]
+                node.op, node.target = "call_function", running.SOFTMAX_FUNCTIONS[node.target]
 
     def left(self) -> None:
         """Products that stand as they are, each with the reason."""
+        for node in self.nodes:
+            act = self._activation_after(node) if node.target in running.PRODUCT_FUNCTIONS else None
+            if act is not None:
+                why = "a function takes the product, not a layer"
+                label = f"{name_of(node)} + {self._label(act.node)}"
+                self._note("linear", [node, act.node], label, why, 0, _NOTHING)
         for node, found in self.products.items():
             if node not in self.done:
                 act = next((n for n in node.users if n in self.applied), None)
@@ -130,6 +147,11 @@ class _Search:
     def _same_width(self, gate: fx.Node, up: fx.Node) -> bool:
         one, other = self.products.get(gate), self.products.get(up)
         return one is not None and other is not None and one.is_linear == other.is_linear and one.width == other.width
+
+    def _is_still(self, part: fx.Node) -> bool:
+        """Nothing writes to the tensor that this is a part of: a layer made it, or no node writes to anything."""
+        base = part.args[0].args[0]  # type: ignore[union-attr]
+        return base in self.products or not any(writes(n.op, n.target, n.args, n.kwargs) for n in self.nodes)
 
     def _row(self, node: fx.Node) -> Iterator[_Part]:
         while node in self.products and node not in self.done:
@@ -173,7 +195,8 @@ class _Search:
             return f"{type(between).__name__} ({name_of(after)}) stands between it and {self._label(act)}"
         if act is not None and name_of(after) in _RESHAPES:
             return f"a reshape ({name_of(after)}) stands between it and {self._label(act)}"
-        return f"no activation follows: its output goes to {self._where(after)}"
+        goes = "is the result" if after.op == "output" else f"goes to {name_of(after)}"
+        return f"no activation follows: its output {goes}"
 
     def _where(self, node: fx.Node) -> str:
         return "the result" if node.op == "output" else name_of(node)

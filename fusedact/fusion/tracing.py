@@ -1,5 +1,6 @@
 """A module's own forward as a graph, one level deep, with all that this took for granted."""
 
+import dataclasses
 import enum
 import functools
 import inspect
@@ -13,19 +14,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_list
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fusedact.fusion.codes import FUNCTIONS, PLAIN, Constant, Untraceable, constants
+from fusedact.fusion.codes import PLAIN, Constant, Reader, Untraceable
 from fusedact.fusion.recognized import activation_of, transposed_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCTS = (nn.Linear, *CONVOLUTIONS)
-ABSENT = object()  # what a read found where there is nothing of that name
+ABSENT, TENSOR, PRESENT = object(), object(), object()  # what a read found: nothing, a tensor, a child
 _INTERNAL = frozenset(vars(nn.Module())) - {"training", "_modules"}
+_COLLECTIONS = (dict, list, tuple, torch.Size, slice, immutable_list)
+_QUESTIONS = (issubclass, hasattr, getattr, type, callable, id, hash, str, repr, vars, dir)
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul}
 _OWN = {__file__}
-_ASKING = {"__get__", "size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "__len__", "__hash__"}
+_IN_PLACE = {name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")} - {
+    "index",
+    "inv",
+}
+_SIZES = {"shape", "ndim", "size", "dim", "numel", "__len__"}
+
+
+class Same(NamedTuple):
+    """A child or tensor that the forward read under another path before."""
+
+    path: tuple[str, ...]
 
 
 class Read(NamedTuple):
@@ -35,7 +49,13 @@ class Read(NamedTuple):
     name: str
     value: Any
 
-    def holds(self, module: nn.Module) -> bool:
+    @property
+    def of_structure(self) -> bool:
+        """Which children there are, no more."""
+        return self.value is PRESENT or isinstance(self.value, Same) or self.name in ("_modules", "__class__")
+
+    def holds(self, module: nn.Module, dtype: torch.dtype | None) -> bool:
+        """Whether it would find the same now; dtype is that of the input, None where it differs among inputs."""
         owner: Any = module
         for child in self.path:
             owner = owner._modules.get(child)
@@ -43,17 +63,37 @@ class Read(NamedTuple):
                 return False
         if self.name == "_modules":
             return tuple(owner._modules) == self.value
+        if self.name == "__class__":
+            return original(type(owner)) is self.value
+        if isinstance(self.value, Same):
+            return _at(owner, (self.name,)) is _at(module, self.value.path)
+        if self.value is PRESENT:
+            return owner._modules.get(self.name) is not None
         value = getattr(owner, self.name, ABSENT)
         if isinstance(value, Tensor):
-            return self.value == (value.dtype, value.shape)
-        return value is self.value or (type(value) is type(self.value) and value == self.value)
+            return self.value is TENSOR or (value.dtype is dtype if self.value is _DTYPE else value.shape == self.value)
+        if isinstance(value, types.MethodType):
+            return value.__func__ is self.value
+        if isinstance(value, functools.partial):
+            return (value.func, value.args, value.keywords) == self.value
+        return value is self.value or self._equals(value)
+
+    def _equals(self, value: Any) -> bool:
+        return type(value) is type(self.value) and _is_plain_value(value) and value == self.value
+
+
+def _at(module: Any, path: tuple[str, ...]) -> Any:
+    """The child or tensor at a path."""
+    for name in path:
+        module = getattr(module, name, None)
+    return module
 
 
 class Trace(NamedTuple):
     """A forward's graph, and where it holds.
 
     names: its arguments in order. fixed: those that keep their default, and it. reads, constants: what it found in its
-    module and beyond. dtype: of every input, where the forward asks for it; it then holds under no autocast.
+    module and beyond. one_dtype: whether the forward asked for dtypes, which then must be one, under no autocast.
     """
 
     graph: fx.Graph
@@ -61,7 +101,7 @@ class Trace(NamedTuple):
     fixed: dict[str, Any]
     reads: tuple[Read, ...]
     constants: tuple[Constant, ...]
-    dtype: torch.dtype | None
+    one_dtype: bool
 
 
 def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> Trace:
@@ -72,12 +112,12 @@ def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> Tra
     attribute, draws a number, makes a tensor, prints.
     """
     tracer = _Tracer(module, training)
-    names, fixed, inputs = _arguments(forward, tracer)
-    drawn = random.getstate()
+    drawn = random.getstate(), torch.get_rng_state()
     try:
-        forward = tracer.seen(forward)
+        names, fixed, inputs = _arguments(forward, tracer)
+        told = tracer.reader.told(forward)
         with tracer.no_tensors:
-            output = forward(_Stand(tracer, module, ()), *inputs)
+            output = told(_Stand(tracer, module, ()), *inputs)
         tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     except Untraceable:
         raise
@@ -87,11 +127,20 @@ def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> Tra
         text = str(error).partition("\n")[0]
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}, {text}{_where(error)}") from error
     finally:
-        fair = random.getstate() == drawn
-        random.setstate(drawn)
+        fair = random.getstate() == drawn[0] and torch.equal(torch.get_rng_state(), drawn[1])
+        random.setstate(drawn[0])
+        torch.set_rng_state(drawn[1])
     if not fair:
-        raise Untraceable("its forward draws random numbers in Python")
-    return Trace(tracer.graph, names, fixed, tuple(tracer.reads), tuple(tracer.constants), tracer.assumed)
+        raise Untraceable("its forward draws random numbers of its own")
+    return Trace(tracer.graph, names, fixed, _once(tracer.reads), _once(tracer.reader.constants), tracer.one_dtype)
+
+
+def _once(found: list[Any]) -> tuple[Any, ...]:
+    return tuple(
+        {
+            (id(item[0]) if isinstance(item, Constant) else item[0], item[1], id(item[2])): item for item in found
+        }.values()
+    )
 
 
 def _where(error: Exception) -> str:
@@ -119,13 +168,14 @@ def _arguments(forward: Callable[..., Any], tracer: "_Tracer") -> tuple[tuple[st
 class _NoTensors(TorchFunctionMode):
     """Nothing is computed while a forward is traced: a tensor made without the input would be a constant."""
 
-    looking = False  # at what a child computes
+    def __init__(self, tracer: "_Tracer") -> None:
+        super().__init__()
+        self.tracer, self.looking = tracer, False  # at what a child computes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", str(func))
-        leaves = () if self.looking or name in _ASKING else tree_leaves((args, kwargs))
-        if leaves != () and not any(type(leaf) in (_Value, fx.proxy.Attribute) for leaf in leaves):
-            raise Untraceable(f"its forward computes without its input ({name})")
+        leaves = () if self.looking else tree_leaves((args, kwargs))
+        if leaves != () and not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return self.tracer.asked(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
@@ -135,8 +185,34 @@ class _Value(fx.Proxy):
     tracer: "_Tracer"
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tracer.dtype_of(self.node)
+    def dtype(self) -> "_Dtype":
+        self.tracer.one_dtype = self.tracer.has_one_dtype(self.node)
+        return _Dtype(self, "dtype")
+
+    def __str__(self) -> str:
+        raise Untraceable("its forward makes a text of its input")
+
+    def __format__(self, spec: str) -> str:
+        raise Untraceable("its forward makes a text of its input")
+
+
+class _Dtype(fx.proxy.Attribute):
+    """The one floating dtype that all inputs and parameters are taken to have."""
+
+    def __eq__(self, other: Any) -> bool:  # type: ignore[override]
+        if type(other) is _Dtype:
+            return True
+        if not isinstance(other, torch.dtype) or other.is_floating_point:
+            raise Untraceable("its forward asks which dtype its input has")
+        return False
+
+    def __ne__(self, other: Any) -> bool:  # type: ignore[override]
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_DTYPE = object()  # what a read found: a tensor of that dtype
 
 
 class _Tracer(fx.Tracer):
@@ -146,10 +222,11 @@ class _Tracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.tensor_attrs = {}
         self.reads: list[Read] = []
-        self.constants: list[Constant] = []
-        self.assumed: torch.dtype | None = None
-        self.no_tensors = _NoTensors()
-        self._paths: dict[int, str] = {}  # of the tensors that the forward read
+        self.one_dtype = False
+        self.no_tensors = _NoTensors(self)
+        self.reader = Reader({**{f.__name__: _careful(f) for f in _QUESTIONS}, "isinstance": self._isinstance})
+        self._paths: dict[int, tuple[str, ...]] = {}  # of the tensors and children that the forward read
+        self._stands: dict[int, _Stand] = {}
         self._modes = _modes()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -158,6 +235,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None):
         if _modes() != self._modes:
             raise Untraceable("its forward switches gradients or autocast on or off")
+        if writes(kind, target, args, kwargs) and isinstance(args[0], fx.Node) and args[0].op == "get_attr":
+            raise Untraceable("its forward writes to a parameter or buffer")
         return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
 
     def create_arg(self, a: Any) -> Any:
@@ -166,43 +245,56 @@ class _Tracer(fx.Tracer):
         if type(a) is _Stand:
             raise Untraceable("its forward hands a module to a function")
         if isinstance(a, Tensor):
-            if id(a) not in self._paths:
-                raise Untraceable("its forward takes a tensor that is neither an input nor an attribute")
-            return self.graph.create_node("get_attr", self._paths[id(a)])
-        if isinstance(a, dict | list) and type(a) not in (dict, list):
-            raise Untraceable(f"its forward makes a {type(a).__name__}")
+            return self._node_of(a)
+        odd = isinstance(a, dict | list | tuple) and type(a) not in _COLLECTIONS and not hasattr(a, "_fields")
+        if odd or isinstance(a, enum.Enum) or (dataclasses.is_dataclass(a) and not isinstance(a, type)):
+            raise Untraceable(f"its forward makes or hands on a {type(a).__name__}")
         return super().create_arg(a)
 
-    def seen(self, function: Any) -> Any:
-        """The function as a trace may call it. Untraceable where its code does what a graph does not show."""
-        self.constants += constants(function)
-        code: Any = getattr(inspect.unwrap(function), "__code__", None)
-        if code is None or "isinstance" not in code.co_names:
-            return function
-        if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
-            raise Untraceable("its forward asks for types (isinstance)")
-        places = {**function.__globals__, "isinstance": self._isinstance}
-        told = types.FunctionType(code, places, function.__name__, function.__defaults__, function.__closure__)
-        told.__kwdefaults__ = function.__kwdefaults__
-        return told
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) not in self._paths:
+            raise Untraceable("its forward takes a tensor that is neither an input nor an attribute")
+        return self.graph.create_node("get_attr", ".".join(self._paths[id(tensor)]))
+
+    def asked(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What torch is asked of a parameter or buffer; Untraceable where it would compute something."""
+        name = getattr(func, "__name__", str(func))
+        name = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+        tensor = args[0] if args else None
+        if not isinstance(tensor, Tensor) or id(tensor) not in self._paths or name not in {*_SIZES, "dtype", "device"}:
+            raise Untraceable(f"its forward computes without its input ({name})")
+        *path, attribute = self._paths[id(tensor)]
+        if name == "device":
+            return self.create_proxy("call_function", getattr, (tensor, "device"), {})
+        if name == "dtype":
+            self.one_dtype = True
+            self.reads.append(Read(tuple(path), attribute, _DTYPE))
+            return _Dtype(_Value(self._node_of(tensor), self), "dtype")
+        self.reads.append(Read(tuple(path), attribute, tuple(tensor.shape)))
+        return func(*args, **kwargs)
 
     def _isinstance(self, value: Any, kinds: Any) -> bool:
+        if type(value) is _Stand:
+            return issubclass(value.__class__, kinds)
         if not isinstance(value, fx.Proxy):
             return isinstance(value, kinds)
         if type(value) is not _Value or not self._is_tensor(value.node):
-            raise Untraceable(f"its forward asks for the type of what `{value.node.name}` gives")
+            raise Untraceable("its forward asks for the type of what an operation gives")
         return issubclass(Tensor, kinds)
 
     def read(self, stand: "_Stand", module: nn.Module, path: tuple[str, ...], name: str) -> Any:
         """module.name, as the forward is to see it, and noted."""
-        state, kind = vars(module), _original(module)
+        state, kind = vars(module), original(type(module))
+        if name == "__class__":
+            self.reads.append(Read(path, name, kind))
+            return kind
         found = inspect.getattr_static(kind, name, ABSENT)
         if isinstance(found, property):
-            return self.seen(found.fget)(stand)
+            return self.reader.told(found.fget)(stand)
         if name == "training":
             return self._noted(path, name, self.training)
         if name == "_modules":
-            self._noted(path, name, tuple(state[name]))
+            self.reads.append(Read(path, name, tuple(state[name])))
             return {child: self._child(path, child, m) for child, m in state[name].items()}
         if name in _INTERNAL:
             raise Untraceable(f"its forward reads `{name}`")
@@ -214,24 +306,40 @@ class _Tracer(fx.Tracer):
         if name in state["_modules"]:
             return self._child(path, name, state["_modules"][name])
         if isinstance(found, types.FunctionType):
-            return types.MethodType(self.seen(found), stand)
+            self.reads.append(Read(path, name, found))
+            return types.MethodType(self.reader.told(found), stand)
         if found is ABSENT:
-            self._noted(path, name, ABSENT)
+            self.reads.append(Read(path, name, ABSENT))
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
         return self._noted(path, name, getattr(kind, name))
 
     def _child(self, path: tuple[str, ...], name: str, child: nn.Module | None) -> "_Stand | None":
-        return self._noted(path, name, None) if child is None else _Stand(self, child, (*path, name))
+        if child is None:
+            return self._noted(path, name, None)
+        if not self._is_known(child, path, name):
+            self.reads.append(Read(path, name, PRESENT))
+        return self._stands.setdefault(id(child), _Stand(self, child, (*path, name)))
+
+    def _is_known(self, thing: Any, path: tuple[str, ...], name: str) -> bool:
+        """Read before. Under another name, then the two must stay one."""
+        first = self._paths.setdefault(id(thing), (*path, name))
+        if first == (*path, name):
+            return False
+        self.reads.append(Read(path, name, Same(first)))
+        return True
 
     def _noted(self, path: tuple[str, ...], name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            self._paths[id(value)] = ".".join((*path, name))
-            self.reads.append(Read(path, name, (value.dtype, value.shape)))
+            if not self._is_known(value, path, name):
+                self.reads.append(Read(path, name, TENSOR))
             return value
-        if not (value is ABSENT or _is_plain_value(value)):
-            raise Untraceable(f"its forward reads `{name}`, a {type(value).__name__}")
-        self.reads.append(Read(path, name, list(value) if isinstance(value, list) else value))
-        return self.seen(value) if isinstance(value, types.FunctionType) else value
+        if not _is_plain_value(value):
+            raise Untraceable(f"its forward reads `{name}` ({type(value).__name__}), which may change")
+        kept = list(value) if isinstance(value, list) else value
+        if isinstance(value, functools.partial):
+            kept = value.func, value.args, dict(value.keywords)
+        self.reads.append(Read(path, name, kept))
+        return immutable_list(value) if isinstance(value, list) else self.reader.told(value)
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or self._keeps_dtype(node)
@@ -240,27 +348,46 @@ class _Tracer(fx.Tracer):
         """A layer whose output has its input's dtype, outside autocast."""
         if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
             return False
+        *path, name = str(node.target).split(".")
         layer = self.root.get_submodule(str(node.target))
         self.no_tensors.looking = True
         try:
             known = type(layer) in (*PRODUCTS, nn.Dropout, nn.Identity) or transposed_linear(layer)
-            return known or activation_of(layer) is not None
+            if known or activation_of(layer) is not None:
+                self.reads.append(Read((*path, name), "__class__", original(type(layer))))
+                return True
+            return False
         finally:
             self.no_tensors.looking = False
 
-    def dtype_of(self, node: fx.Node) -> torch.dtype:
-        """What follows from the parameters' dtype, if every input has that."""
-        if node.op == "placeholder":
-            parameter = next((p for p in self.root.parameters() if p.is_floating_point()), None)
-            if parameter is None:
-                raise Untraceable("its forward asks for the dtype of its input")
-            self.assumed = parameter.dtype
-            return parameter.dtype
+    def has_one_dtype(self, node: fx.Node) -> bool:
+        """That of the input, where all that goes in has that. Untraceable where it is not known."""
+        if node.op in ("placeholder", "get_attr"):
+            return True
         if self._keeps_dtype(node) or node.target in _ARITHMETIC:
-            dtypes = {self.dtype_of(before) for before in node.all_input_nodes}
-            if len(dtypes) == 1:
-                return dtypes.pop()
+            return all(map(self.has_one_dtype, node.all_input_nodes))
         raise Untraceable(f"its forward asks for the dtype of what `{node.name}` gives")
+
+
+def writes(kind: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a function or method writes to its first argument."""
+    name = getattr(target, "__name__", str(target))
+    if kind not in ("call_function", "call_method") or not args:
+        return False
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or any(arg is True for arg in args[1:])
+
+
+def _careful(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A builtin that says nothing of what only stands for a tensor or a module."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        reads = function in (hasattr, getattr) and type(args[0]) is _Stand
+        if not reads and any(isinstance(arg, fx.Proxy) or type(arg) is _Stand for arg in args):
+            raise Untraceable(f"its forward asks for {function.__name__}()")
+        return function(*args, **kwargs)
+
+    return answer
 
 
 def _modes() -> tuple[bool, ...]:
@@ -268,13 +395,19 @@ def _modes() -> tuple[bool, ...]:
 
 
 def _is_plain_value(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return type(value) in (tuple, list, torch.Size) and all(map(_is_plain_value, value))
-    return isinstance(value, (*PLAIN, *FUNCTIONS, enum.Enum, functools.partial))
+    """Which nobody changes unseen: a list of such is compared."""
+    if type(value) in (tuple, list):
+        return all(type(item) in PLAIN for item in value)
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
+    if isinstance(value, functools.partial):
+        return all(type(item) in PLAIN for item in (*value.args, *value.keywords.values())) and callable(value.func)
+    return type(value) in PLAIN or isinstance(value, types.FunctionType | type)
 
 
-def _original(module: nn.Module) -> type[nn.Module]:
-    return vars(type(module)).get("_original", type(module))
+def original(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused one was made of."""
+    return vars(kind).get("_original", kind)
 
 
 class _Stand:
@@ -287,7 +420,7 @@ class _Stand:
 
     def __getattribute__(self, name: str) -> Any:
         tracer, module, path = object.__getattribute__(self, "_state")
-        return _original(module) if name == "__class__" else tracer.read(self, module, path, name)
+        return tracer.read(self, module, path, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise Untraceable(f"its forward writes `{name}`")
