@@ -14,7 +14,8 @@ from fusedact.fusion.checking import compare
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.losses import join
 from fusedact.fusion.nodes import describe, is_product
-from fusedact.fusion.programs import CUT, JOINED, Program, analysed, attach, detach, original
+from fusedact.fusion.programs import CUT, JOINED, Program, analysed, attach, detach
+from fusedact.fusion.reads import original
 from fusedact.fusion.reporting import Report, positions
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import CONVOLUTIONS

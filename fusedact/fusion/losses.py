@@ -15,7 +15,8 @@ from fusedact import nn as fnn
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import HIDDEN, LOGITS, End, Hidden, end_of
 from fusedact.fusion.nodes import called, name_of, watched
-from fusedact.fusion.programs import CUT, DIM, END, analysed, attach, forward_of, original
+from fusedact.fusion.programs import CUT, DIM, END, analysed, attach, forward_of
+from fusedact.fusion.reads import original
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import trace
 

@@ -15,8 +15,9 @@ from fusedact import backend
 from fusedact.fusion import sites
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import cut
+from fusedact.fusion.reads import Read, original
 from fusedact.fusion.site import Site
-from fusedact.fusion.tracing import Read, Trace, original, trace
+from fusedact.fusion.tracing import Trace, trace
 from fusedact.nn.container import Sequential
 
 CUT = "_fusedact_cut"  # attribute of a module whose end a loss took over: what it gives in training

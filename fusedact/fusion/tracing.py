@@ -18,12 +18,12 @@ from torch.fx.immutable_collections import immutable_list
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fusedact.fusion.codes import PLAIN, Constant, Reader, Untraceable
+from fusedact.fusion.codes import Constant, Reader, Untraceable
+from fusedact.fusion.reads import ABSENT, DTYPE, PRESENT, TENSOR, Read, Same, is_plain_value, original
 from fusedact.fusion.recognized import activation_of, transposed_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCTS = (nn.Linear, *CONVOLUTIONS)
-ABSENT, TENSOR, PRESENT = object(), object(), object()  # what a read found: nothing, a tensor, a child
 _INTERNAL = frozenset(vars(nn.Module())) - {"training", "_modules"}
 _COLLECTIONS = (dict, list, tuple, torch.Size, slice, immutable_list)
 _QUESTIONS = (issubclass, hasattr, getattr, type, callable, id, hash, str, repr, vars, dir)
@@ -34,59 +34,6 @@ _IN_PLACE = {name for name in dir(operator) if name.startswith("i") and hasattr(
     "inv",
 }
 _SIZES = {"shape", "ndim", "size", "dim", "numel", "__len__"}
-
-
-class Same(NamedTuple):
-    """A child or tensor that the forward read under another path before."""
-
-    path: tuple[str, ...]
-
-
-class Read(NamedTuple):
-    """An attribute that a forward read, of the module at a path within its own, and what was found."""
-
-    path: tuple[str, ...]
-    name: str
-    value: Any
-
-    @property
-    def of_structure(self) -> bool:
-        """Which children there are, no more."""
-        return self.value is PRESENT or isinstance(self.value, Same) or self.name in ("_modules", "__class__")
-
-    def holds(self, module: nn.Module, dtype: torch.dtype | None) -> bool:
-        """Whether it would find the same now; dtype is that of the input, None where it differs among inputs."""
-        owner: Any = module
-        for child in self.path:
-            owner = owner._modules.get(child)
-            if owner is None:
-                return False
-        if self.name == "_modules":
-            return tuple(owner._modules) == self.value
-        if self.name == "__class__":
-            return original(type(owner)) is self.value
-        if isinstance(self.value, Same):
-            return _at(owner, (self.name,)) is _at(module, self.value.path)
-        if self.value is PRESENT:
-            return owner._modules.get(self.name) is not None
-        value = getattr(owner, self.name, ABSENT)
-        if isinstance(value, Tensor):
-            return self.value is TENSOR or (value.dtype is dtype if self.value is _DTYPE else value.shape == self.value)
-        if isinstance(value, types.MethodType):
-            return value.__func__ is self.value
-        if isinstance(value, functools.partial):
-            return (value.func, value.args, value.keywords) == self.value
-        return value is self.value or self._equals(value)
-
-    def _equals(self, value: Any) -> bool:
-        return type(value) is type(self.value) and _is_plain_value(value) and value == self.value
-
-
-def _at(module: Any, path: tuple[str, ...]) -> Any:
-    """The child or tensor at a path."""
-    for name in path:
-        module = getattr(module, name, None)
-    return module
 
 
 class Trace(NamedTuple):
@@ -212,9 +159,6 @@ class _Dtype(fx.proxy.Attribute):
     __hash__ = None  # type: ignore[assignment]
 
 
-_DTYPE = object()  # what a read found: a tensor of that dtype
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, module: nn.Module, training: bool) -> None:
         super().__init__()
@@ -268,7 +212,7 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_function", getattr, (tensor, "device"), {})
         if name == "dtype":
             self.one_dtype = True
-            self.reads.append(Read(tuple(path), attribute, _DTYPE))
+            self.reads.append(Read(tuple(path), attribute, DTYPE))
             return _Dtype(_Value(self._node_of(tensor), self), "dtype")
         self.reads.append(Read(tuple(path), attribute, tuple(tensor.shape)))
         return func(*args, **kwargs)
@@ -333,7 +277,7 @@ class _Tracer(fx.Tracer):
             if not self._is_known(value, path, name):
                 self.reads.append(Read(path, name, TENSOR))
             return value
-        if not _is_plain_value(value):
+        if not is_plain_value(value):
             raise Untraceable(f"its forward reads `{name}` ({type(value).__name__}), which may change")
         kept = list(value) if isinstance(value, list) else value
         if isinstance(value, functools.partial):
@@ -392,22 +336,6 @@ def _careful(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
-
-
-def _is_plain_value(value: Any) -> bool:
-    """Which nobody changes unseen: a list of such is compared."""
-    if type(value) in (tuple, list):
-        return all(type(item) in PLAIN for item in value)
-    if isinstance(value, types.BuiltinFunctionType):
-        return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
-    if isinstance(value, functools.partial):
-        return all(type(item) in PLAIN for item in (*value.args, *value.keywords.values())) and callable(value.func)
-    return type(value) in PLAIN or isinstance(value, types.FunctionType | type)
-
-
-def original(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused one was made of."""
-    return vars(kind).get("_original", kind)
 
 
 class _Stand:
