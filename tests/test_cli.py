@@ -61,7 +61,12 @@ def metrics(path):
         ("xor", ["--epochs", "2", "--layers", "stock"], "tensor([["),
         ("worked", [], "known answers, to 6 digits"),
         ("mnist-softmax", ["--epochs", "2"], "Epoch: 0002 cost = "),
-        ("mnist-cnn", ["--epochs", "2", "--rows", "16"], "engine loop (steps: MyModel is"),
+        pytest.param(
+            "mnist-cnn",
+            ["--epochs", "2", "--rows", "16"],
+            "engine loop (steps: MyModel is",
+            marks=pytest.mark.exhaustive,
+        ),
         ("mnist-mlp", ["--epochs", "2"], "the embedded subset of 4,000 + 1,000 images"),
     ],
 )

@@ -100,7 +100,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
-@each
+@pytest.mark.parametrize("name", first_of(NAMES))
 def test_geometries(name, options, channels_last, device, launches, as_accurate_as_torch):
     if "transpose" in name and isinstance(options.get("padding"), str):
         pytest.skip("a transposed convolution takes no padding by name")

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 
 import pytest
 import torch
@@ -216,6 +217,77 @@ class WithANamedSoftmax(Owner):
         return torch.softmax(input=self.one(x) * softmax, dim=1)
 
 
+class AskingForNone(Owner):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        y, weights = self.attention(x, x, x, need_weights=False)
+        return self.one(y) if weights is None else y
+
+
+class Middle(Owner):
+    def forward(self, x):
+        return self.one(x)
+
+
+class Left(Middle):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Right(Middle):
+    def forward(self, x):
+        return super().forward(x) * SETTINGS["scale"]
+
+
+class Diamond(Left, Right):
+    pass
+
+
+class CollectingInADefault(Owner):
+    def forward(self, x, *, seen=[]):  # noqa: B006
+        seen.append(1)
+        return self.one(x) + 0 * len(seen)
+
+
+class WritingAHalf(Owner):
+    """Which autograd forbids; it is run without."""
+
+    def forward(self, x):
+        halves = self.fc(x).chunk(2, -1)
+        gate = halves[0]
+        a = F.silu(gate)
+        halves[0].add_(1.0)
+        return a * halves[1]
+
+
+class Matching(Owner):
+    def forward(self, x):
+        match self.fc(x):
+            case (a, b):
+                return a + b
+            case y:
+                return self.act(y)
+
+
+class Warning(Owner):
+    def forward(self, x):
+        warnings.warn("slow", stacklevel=1)
+        return self.one(x)
+
+
+class SumOfALoop(Owner):
+    def forward(self, x):
+        return sum(self.act(layer(x)) for layer in (self.fc, self.fc2))
+
+
+class AfterARest(Owner):
+    def forward(self, x, *rest, flag=None):
+        return self.one(x) * (1 + len(rest))
+
+
 def set_item(name, value):
     return lambda model, patch: patch.setitem(SETTINGS, name, value)
 
@@ -259,19 +331,29 @@ CASES = {
     HalfOfTheInput: nothing,
     Importing: nothing,
     MakingADataclass: nothing,
+    AskingForNone: nothing,
+    Diamond: set_item("scale", 3.0),
+    CollectingInADefault: nothing,
+    WritingAHalf: nothing,
+    Matching: nothing,
+    Warning: nothing,
+    SumOfALoop: nothing,
+    AfterARest: nothing,
 }
-FUSED = (MakingADataclass, ToTheWeightsDevice, OfAChild, OnAChildsClass, TheSameTwice, CallingAMethod, CallingAPartial, ReadingAClass, ReadingANumber, AskingInAHelper, AskingInside)  # fmt: skip  # noqa: E501
+FUSED = (SumOfALoop, AfterARest, ToTheWeightsDevice, OfAChild, OnAChildsClass, TheSameTwice, CallingAMethod, CallingAPartial, ReadingAClass, ReadingANumber, AskingInAHelper, AskingInside)  # fmt: skip  # noqa: E501
 
 
 def outcome(model, x):
     """The result and what the call did to its input and its module."""
     torch.manual_seed(0)
     x = x.clone()
-    with torch.autocast("cpu", torch.bfloat16, enabled=isinstance(model, WithoutAutocast | DecoratedByTorch)):
-        y = model(x)
+    low = isinstance(model, WithoutAutocast | DecoratedByTorch)
+    with torch.autocast("cpu", torch.bfloat16, low), torch.set_grad_enabled(not isinstance(model, WritingAHalf)):
+        y = model(x, None) if isinstance(model, AfterARest) else model(x)
     return [y, x, torch.tensor(float(len(model.kept)))]
 
 
+@pytest.mark.filterwarnings("ignore:slow")
 @pytest.mark.parametrize("owner", CASES, ids=lambda owner: owner.__name__)
 def test_as_stock_before_and_after_a_change(owner, triton_backend, monkeypatch):
     stock, x = owner(), torch.randn(3, 4)

@@ -191,6 +191,22 @@ def test_a_log_softmax_along_the_last_of_three_dims(end):
         torch.testing.assert_close(loss(ours, labels), F.nll_loss(stock, labels))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.__setitem__(3, nn.Identity()),
+        lambda model: setattr(model[3], "dim", 0),
+        lambda model: model[3].register_forward_hook(lambda *seen: 2 * seen[2]),
+    ],
+    ids=["replaced", "dim", "hook"],
+)
+def test_a_softmax_that_changes_after_is_refused(change):
+    model, _ = fusedact.fuse(mlp(nn.Linear(7, 4), nn.LogSoftmax(1)), nn.NLLLoss())
+    change(model)
+    with pytest.raises(RuntimeError, match="unfuse"):
+        model(torch.randn(3, 5))
+
+
 def test_another_loss_takes_the_place_of_one():
     model, _ = fusedact.fuse(mlp(nn.Linear(7, 4)), nn.CrossEntropyLoss())
     model, loss = fusedact.fuse(model, nn.MSELoss())

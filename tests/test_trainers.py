@@ -306,7 +306,7 @@ def test_fused_mlp_steps_as_stock():
         ("xor", {}),
         ("worked", {}),
         ("mnist-softmax", {"batch_size": 8}),
-        ("mnist-mlp", {"batch_size": 8}),
+        pytest.param("mnist-mlp", {"batch_size": 8}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_kernels_step_as_stock(name, options, device, launches):

@@ -310,7 +310,9 @@ def test_trains_with_stocks_costs(name, run):
     assert len(ours) == epochs and ours == pytest.approx(stock, rel=1e-3 if torch.cuda.is_available() else 0)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name == "S6" else []) for name in PROGRAMS]
+)
 def test_fused_calls_of_a_forward(name, run, monkeypatch, triton_backend):
     """Through the kernels: stock's costs to 1e-4, and how many calls of one forward and loss are fused."""
     namespace, ours = run(name, True, 1, rows=200)

@@ -25,14 +25,21 @@ _DOES = {
     "checkpoint": "is checkpointed inside",
     "checkpoint_sequential": "is checkpointed inside",
     **dict.fromkeys(("__class__", "is_tensor"), "asks for types"),
+    **dict.fromkeys(("grad_fn", "grad", "_base"), "asks for gradients"),
     "environ": "reads the environment",
     "getenv": "reads the environment",
-    **dict.fromkeys(("time", "perf_counter", "monotonic", "now"), "asks for the time"),
+    **dict.fromkeys(("time", "time_ns", "perf_counter", "process_time", "monotonic", "now"), "asks for the time"),
     **dict.fromkeys(("manual_seed", "seed", "get_rng_state", "set_rng_state"), _RANDOM),
     **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), _MODES),
     **dict.fromkeys(("get_default_dtype", "are_deterministic_algorithms_enabled", "get_autocast_dtype"), _MODES),
+    **dict.fromkeys(("is_autocast_cpu_enabled", "is_autocast_cache_enabled", "get_autocast_cpu_dtype"), _MODES),
+    **dict.fromkeys(("get_autocast_gpu_dtype", "get_float32_matmul_precision", "is_anomaly_enabled"), _MODES),
+    **dict.fromkeys(("is_in_onnx_export", "is_tracing", "use_deterministic_algorithms"), _MODES),
     **dict.fromkeys(("is_compiling", "is_torchdynamo_compiling", "is_dynamo_compiling"), _MODES),
 }
+# Of Python's own modules those that do nothing beside their result, and read nothing but their arguments.
+_HARMLESS = {"abc", "builtins", "cmath", "collections", "copy", "dataclasses", "enum", "functools", "itertools", "math"}
+_HARMLESS |= {"numbers", "operator", "torch", "types", "typing"}
 _REFUSED = {
     "PUSH_EXC_INFO": "has a with or a try block",
     "IMPORT_NAME": "imports",
@@ -40,7 +47,7 @@ _REFUSED = {
     "DELETE_ATTR": "deletes an attribute",
     "STORE_GLOBAL": "writes a global",
     "DELETE_GLOBAL": "writes a global",
-    "MATCH_CLASS": "asks for types",
+    **dict.fromkeys(("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"), "asks for types"),
     "YIELD_VALUE": "is a generator",
 }
 _ASKED = (
@@ -79,12 +86,12 @@ class Constant(NamedTuple):
 class Reader:
     """Reads the code that a trace runs. constants: what it found, which must be found again at a call.
 
-    answers: what isinstance and the like say to that code instead.
+    answers: what isinstance and the like say to that code instead. kinds: the classes of modules whose methods run.
     """
 
-    def __init__(self, answers: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, answers: Mapping[str, Callable[..., Any]], kinds: set[type]) -> None:
         self.constants: list[Constant] = []
-        self._answers = answers
+        self._answers, self.kinds = answers, kinds
         self._told: dict[Any, Any] = {}
 
     def told(self, function: Any) -> Any:
@@ -103,7 +110,8 @@ class Reader:
                 self.told(function.__wrapped__)
                 if _root(function.__globals__.get("__name__")) in _LIBRARIES:
                     raise Untraceable("its forward is decorated by a library")
-            if any(type(default) not in PLAIN | {tuple, type} for default in function.__defaults__ or ()):
+            defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+            if any(type(default) not in PLAIN | {tuple, type} for default in defaults):
                 raise Untraceable("its forward has a default that may change")
             self._told[function] = self._copy(function)
         return self._told[function]
@@ -112,6 +120,8 @@ class Reader:
         """The function with our answers, and the functions that it calls told likewise, among its globals."""
         places: dict[str, Any] = {}
         for code in _codes(function.__code__):
+            if _asks_for_none(code):
+                raise Untraceable("its forward asks whether what it computed is None")
             for name in _globals(code):
                 if name in _ASKED and name not in function.__globals__:
                     places[name] = self._answers[name]
@@ -138,6 +148,9 @@ class Reader:
 
     def _look(self, place: Any, name: str, value: Any, code: types.CodeType) -> Any:
         """Note what was found; the user's functions are returned as told."""
+        module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        if _root(module).removeprefix("_") in sys.stdlib_module_names - _HARMLESS and place is not vars(builtins):
+            raise Untraceable(f"its forward uses the module `{_root(module)}`")
         if isinstance(value, types.ModuleType):
             if _root(value.__name__) not in _LIBRARIES:
                 for attribute in set(code.co_names) & vars(value).keys():
@@ -159,7 +172,9 @@ class Reader:
         return None
 
     def _class(self, kind: type, code: types.CodeType) -> None:
-        """What code may read of a class of the user's."""
+        """What code may read of a class of the user's; what making one does it may not."""
+        if not issubclass(kind, torch.nn.Module) and {"__init__", "__new__", "__post_init__"} & vars(kind).keys():
+            raise Untraceable(f"its forward makes or asks for a {kind.__name__}")
         for attribute in set(code.co_names) & vars(kind).keys():
             value = vars(kind)[attribute]
             inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
@@ -169,7 +184,8 @@ class Reader:
     def _parents(self, function: types.FunctionType, code: types.CodeType) -> None:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         kind = cells["__class__"].cell_contents if "__class__" in cells else object
-        for base in kind.__mro__[1:]:
+        orders = [k.__mro__ for k in self.kinds if kind in k.__mro__] or [kind.__mro__]
+        for base in dict.fromkeys(base for order in orders for base in order[order.index(kind) + 1 :]):
             for name in set(code.co_names) & vars(base).keys():
                 method = vars(base)[name]
                 if isinstance(method, types.FunctionType) and self.told(method) is not method:
@@ -195,15 +211,47 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
+def _asks_for_none(code: types.CodeType) -> bool:
+    """Whether it asks if what it computed is None: what stands for that never is.
+
+    Of its arguments, attributes and globals it may ask.
+    """
+    computed: set[str] = set()
+    before: list[dis.Instruction] = []
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("CACHE", "EXTENDED_ARG", "NOT_TAKEN"):
+            continue
+        if name == "IS_OP" or name.endswith(("IF_NONE", "IF_NOT_NONE")):
+            asked = _base_of(before[: len(before) - (name == "IS_OP")])
+            given = asked.opname.startswith(("LOAD_GLOBAL", "LOAD_CONST", "LOAD_FAST", "LOAD_DEREF"))
+            if not given or ("LOAD_FAST" in asked.opname and _locals(asked)[-1] in computed):
+                return True
+        if name.startswith("STORE_FAST") and before and before[-1].opname != "LOAD_CONST":
+            computed.update(_locals(instruction))
+        before.append(instruction)
+    return False
+
+
+def _base_of(instructions: list[dis.Instruction]) -> dis.Instruction:
+    """What the attributes are read of that the last of the instructions reads."""
+    return next(i for i in reversed(instructions) if i.opname != "LOAD_ATTR")
+
+
+def _locals(instruction: dis.Instruction) -> tuple[str, ...]:
+    value = instruction.argval  # Python 3.13 stores and loads two at once
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _globals(code: types.CodeType) -> Iterator[str]:
     """The globals that it reads. Untraceable where it does what no graph shows."""
     for instruction in dis.get_instructions(code):
         name = instruction.argval
-        if instruction.opname in _REFUSED:
+        if instruction.opname in _REFUSED and (instruction.opname, code.co_name) != ("YIELD_VALUE", "<genexpr>"):
             raise Untraceable(f"its forward {_REFUSED[instruction.opname]}")
         if instruction.opname == "STORE_DEREF" and name in code.co_freevars:
             raise Untraceable(f"its forward writes `{name}`")
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD") and name in _DOES:
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and name in _DOES:
             raise Untraceable(f"its forward {_DOES[name]}")
         if instruction.opname == "LOAD_GLOBAL":
             yield name

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from fusedact import functional
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.nodes import called, product
+from fusedact.fusion.reads import Read
 from fusedact.fusion.running import Module
 from fusedact.nn.hooks import is_plain
 from fusedact.nn.linear import Linear
@@ -71,13 +72,17 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[type[nn.Module] | Non
     return None, None
 
 
-def cut(module: nn.Module, graph: fx.Graph, gives: str) -> None:
-    """Let the graph end before what the loss takes over. Untraceable where it no longer ends so."""
+def cut(module: nn.Module, graph: fx.Graph, gives: str) -> list[Read]:
+    """Let the graph end before what the loss takes over; what must then stay as it is.
+
+    Untraceable where it no longer ends so.
+    """
     end = end_of(module, graph)
     if end is None or (gives == HIDDEN and end.linear is None):
         raise Untraceable("it no longer ends in what its loss took over")
     output = _output(graph)
     last: Any = output.args[0]
+    kept = [] if end.activation is None or last.op != "call_module" else _kept(str(last.target), end)
     with graph.inserting_before(output):
         if gives == HIDDEN:
             layer = graph.create_node("get_attr", str(end.linear.target))  # type: ignore[union-attr]
@@ -88,6 +93,14 @@ def cut(module: nn.Module, graph: fx.Graph, gives: str) -> None:
     while last is not new and not last.users:
         last, unused = last.args[0], last
         graph.erase_node(unused)
+    return kept
+
+
+def _kept(target: str, end: End) -> list[Read]:
+    """The module of the activation: its class, its dimension, and that nobody watches it."""
+    path = tuple(target.split("."))
+    dim = [] if end.dim is None else [Read(path, "dim", end.dim)]
+    return [Read(path, "__class__", end.activation), Read(path, "__call__", None), *dim]
 
 
 def _hidden(x: Tensor, layer: Module, dim: int | None) -> Hidden | Tensor:

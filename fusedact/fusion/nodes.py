@@ -140,7 +140,14 @@ def halves(gate: fx.Node, up: fx.Node) -> bool:
     split = gate.args[0]
     name = getattr(split.target, "__name__", split.target)  # type: ignore[union-attr]
     base = split.args[0] if split.args else None  # type: ignore[union-attr]
-    return name in _SPLITS and gate.args[1] != up.args[1] and isinstance(base, fx.Node) and len(base.users) == 1
+    return name in _SPLITS and _is_once(gate) and isinstance(base, fx.Node) and len(base.users) == 1
+
+
+def _is_once(part: fx.Node) -> bool:
+    """Nothing else is the same part: all that is taken of the split are items, counted from the first."""
+    users = part.args[0].users  # type: ignore[union-attr]
+    items = [user.args[1] if user.target is operator.getitem else None for user in users]
+    return all(type(item) is int and item >= 0 for item in items) and items.count(part.args[1]) == 1
 
 
 def name_of(node: fx.Node) -> str:

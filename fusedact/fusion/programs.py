@@ -40,8 +40,8 @@ class Program(NamedTuple):
 
     def inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensors to run it on; None where the call is another than the traced one."""
-        _, names, fixed, reads, constants, one_dtype = self.traced
-        if len(args) > len(names) or forward_of(type(module)) is not self.own:
+        _, names, positional, fixed, reads, constants, one_dtype = self.traced
+        if len(args) > positional or forward_of(type(module)) is not self.own:
             return None
         given = dict(zip(names, args, strict=False))
         if kwargs:
@@ -73,9 +73,9 @@ def analysed(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Si
     if gives is not None or any(read.name == "training" for read in traces[0].reads):
         traces.append(trace(module, forward, False))
     if gives is not None:
-        cut(module, traces[0].graph, gives)
+        of_end = cut(module, traces[0].graph, gives)
         traces = [
-            traced._replace(reads=(*traced.reads, Read((), "training", mode)))
+            traced._replace(reads=(*traced.reads, Read((), "training", mode), *of_end))
             for traced, mode in zip(traces, (True, False), strict=True)
         ]
     programs, found = [], []

@@ -1,6 +1,7 @@
 """What a forward read of its module while it was traced, and whether it would find the same now."""
 
 import functools
+import inspect
 import types
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedact.fusion.codes import PLAIN
+from fusedact.nn.hooks import is_plain
 
 # What a read found: nothing of that name, a tensor, a tensor of the input's dtype, a child.
 ABSENT, TENSOR, DTYPE, PRESENT = object(), object(), object(), object()
@@ -40,6 +42,10 @@ class Read(NamedTuple):
                 return False
         if self.name == "_modules":
             return tuple(owner._modules) == self.value
+        if self.name == "__call__":
+            return is_plain(owner)
+        if isinstance(self.value, property):
+            return inspect.getattr_static(original(type(owner)), self.name, None) is self.value
         if self.name == "__class__":
             return original(type(owner)) is self.value
         if isinstance(self.value, Same):

@@ -39,12 +39,14 @@ _SIZES = {"shape", "ndim", "size", "dim", "numel", "__len__"}
 class Trace(NamedTuple):
     """A forward's graph, and where it holds.
 
-    names: its arguments in order. fixed: those that keep their default, and it. reads, constants: what it found in its
-    module and beyond. one_dtype: whether the forward asked for dtypes, which then must be one, under no autocast.
+    names: its arguments in order, so many of them positional. fixed: those that keep their default, and it.
+    reads, constants: what it found in its module and beyond. one_dtype: whether it asked for dtypes, which then must
+    be one, under no autocast.
     """
 
     graph: fx.Graph
     names: tuple[str, ...]
+    positional: int
     fixed: dict[str, Any]
     reads: tuple[Read, ...]
     constants: tuple[Constant, ...]
@@ -61,7 +63,7 @@ def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> Tra
     tracer = _Tracer(module, training)
     drawn = random.getstate(), torch.get_rng_state()
     try:
-        names, fixed, inputs = _arguments(forward, tracer)
+        names, positional, fixed, inputs = _arguments(forward, tracer)
         told = tracer.reader.told(forward)
         with tracer.no_tensors:
             output = told(_Stand(tracer, module, ()), *inputs)
@@ -79,7 +81,8 @@ def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> Tra
         torch.set_rng_state(drawn[1])
     if not fair:
         raise Untraceable("its forward draws random numbers of its own")
-    return Trace(tracer.graph, names, fixed, _once(tracer.reads), _once(tracer.reader.constants), tracer.one_dtype)
+    reads, known = _once(tracer.reads), _once(tracer.reader.constants)
+    return Trace(tracer.graph, names, positional, fixed, reads, known, tracer.one_dtype)
 
 
 def _once(found: list[Any]) -> tuple[Any, ...]:
@@ -97,19 +100,22 @@ def _where(error: Exception) -> str:
     return f" ({os.path.basename(ours[-1].filename)}, line {ours[-1].lineno})" if ours else ""
 
 
-def _arguments(forward: Callable[..., Any], tracer: "_Tracer") -> tuple[tuple[str, ...], dict[str, Any], list[Any]]:
-    names, fixed, inputs = [], {}, []
+def _arguments(
+    forward: Callable[..., Any], tracer: "_Tracer"
+) -> tuple[tuple[str, ...], int, dict[str, Any], list[Any]]:
+    names, fixed, inputs, positional = [], {}, [], 0
     for name, parameter in list(inspect.signature(forward).parameters.items())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         names.append(name)
+        positional += parameter.kind is not parameter.KEYWORD_ONLY
         if parameter.default is not parameter.empty:
             fixed[name] = parameter.default
         elif parameter.kind is parameter.KEYWORD_ONLY:
             raise Untraceable(f"its forward needs the keyword {name!r}")
         else:
             inputs.append(tracer.create_proxy("placeholder", name, (), {}))
-    return tuple(names), fixed, inputs
+    return tuple(names), positional, fixed, inputs
 
 
 class _NoTensors(TorchFunctionMode):
@@ -168,7 +174,8 @@ class _Tracer(fx.Tracer):
         self.reads: list[Read] = []
         self.one_dtype = False
         self.no_tensors = _NoTensors(self)
-        self.reader = Reader({**{f.__name__: _careful(f) for f in _QUESTIONS}, "isinstance": self._isinstance})
+        kinds: set[type] = {original(type(m)) for m in module.modules()}
+        self.reader = Reader({**{f.__name__: _careful(f) for f in _QUESTIONS}, "isinstance": self._isinstance}, kinds)
         self._paths: dict[int, tuple[str, ...]] = {}  # of the tensors and children that the forward read
         self._stands: dict[int, _Stand] = {}
         self._modes = _modes()
@@ -234,6 +241,7 @@ class _Tracer(fx.Tracer):
             return kind
         found = inspect.getattr_static(kind, name, ABSENT)
         if isinstance(found, property):
+            self.reads.append(Read(path, name, found))
             return self.reader.told(found.fget)(stand)
         if name == "training":
             return self._noted(path, name, self.training)
@@ -319,7 +327,8 @@ def writes(kind: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     if kind not in ("call_function", "call_method") or not args:
         return False
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or any(arg is True for arg in args[1:])
+    in_place = in_place or name in _IN_PLACE or "out" in kwargs
+    return in_place or kwargs.get("inplace") is True or any(arg is True for arg in args[1:])
 
 
 def _careful(function: Callable[..., Any]) -> Callable[..., Any]:
