@@ -13,7 +13,7 @@ import torch
 PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.Size, type(None)}
 )
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _LIBRARIES = sys.stdlib_module_names | {"torch"}
 _RANDOM = "seeds or keeps random numbers"
 _MODES = "asks for what torch is set to"
@@ -50,20 +50,6 @@ _REFUSED = {
     **dict.fromkeys(("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"), "asks for types"),
     "YIELD_VALUE": "is a generator",
 }
-_ASKED = (
-    "isinstance",
-    "issubclass",
-    "hasattr",
-    "getattr",
-    "type",
-    "callable",
-    "id",
-    "hash",
-    "str",
-    "repr",
-    "vars",
-    "dir",
-)
 
 
 class Untraceable(Exception):
@@ -91,7 +77,7 @@ class Reader:
 
     def __init__(self, answers: Mapping[str, Callable[..., Any]], kinds: set[type]) -> None:
         self.constants: list[Constant] = []
-        self._answers, self.kinds = answers, kinds
+        self._answers, self._kinds = answers, kinds
         self._told: dict[Any, Any] = {}
 
     def told(self, function: Any) -> Any:
@@ -123,12 +109,14 @@ class Reader:
             if _asks_for_none(code):
                 raise Untraceable("its forward asks whether what it computed is None")
             for name in _globals(code):
-                if name in _ASKED and name not in function.__globals__:
+                own = name in function.__globals__
+                if name in self._answers and not own:
                     places[name] = self._answers[name]
-                else:
-                    self._read(
-                        function.__globals__ if name in function.__globals__ else vars(builtins), name, code, places
-                    )
+                    continue
+                place = function.__globals__ if own else vars(builtins)
+                told = self._look(place, name, place.get(name), code)
+                if told is not None:
+                    places[name] = told
             if "super" in code.co_names:
                 self._parents(function, code)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -141,11 +129,6 @@ class Reader:
         copy.__kwdefaults__ = function.__kwdefaults__
         return copy
 
-    def _read(self, place: Mapping[str, Any], name: str, code: types.CodeType, into: dict[str, Any]) -> None:
-        told = self._look(place, name, place.get(name), code)
-        if told is not None:
-            into[name] = told
-
     def _look(self, place: Any, name: str, value: Any, code: types.CodeType) -> Any:
         """Note what was found; the user's functions are returned as told."""
         module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
@@ -157,7 +140,7 @@ class Reader:
                     if self._look(vars(value), attribute, vars(value)[attribute], code) is not None:
                         raise Untraceable(f"its forward calls `{attribute}` of a module of its own")
             return None
-        if isinstance(value, FUNCTIONS):
+        if isinstance(value, _FUNCTIONS):
             if getattr(value, "__name__", "") in _DOES:
                 raise Untraceable(f"its forward {_DOES[value.__name__]}")
             if place is not vars(builtins):
@@ -184,12 +167,12 @@ class Reader:
     def _parents(self, function: types.FunctionType, code: types.CodeType) -> None:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         kind = cells["__class__"].cell_contents if "__class__" in cells else object
-        orders = [k.__mro__ for k in self.kinds if kind in k.__mro__] or [kind.__mro__]
+        orders = [k.__mro__ for k in self._kinds if kind in k.__mro__] or [kind.__mro__]
         for base in dict.fromkeys(base for order in orders for base in order[order.index(kind) + 1 :]):
             for name in set(code.co_names) & vars(base).keys():
                 method = vars(base)[name]
                 if isinstance(method, types.FunctionType) and self.told(method) is not method:
-                    asks = {n for c in _codes(method.__code__) for n in _globals(c)} & set(_ASKED)
+                    asks = {n for c in _codes(method.__code__) for n in _globals(c)} & self._answers.keys()
                     if asks:
                         raise Untraceable("its forward asks for types, in a class that it inherits from")
 

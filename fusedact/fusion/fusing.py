@@ -114,13 +114,7 @@ def _looked_at(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[
         return (), []
     if (why := _unfit(module)) is not None:
         raise Untraceable(why)
-    try:
-        return analysed(module, path)
-    except Untraceable:
-        raise
-    except Exception as error:  # a model may be anything; what fuse() cannot look at it leaves
-        text = str(error).partition("\n")[0]
-        raise Untraceable(f"fuse() fails to look at it: {type(error).__name__}, {text}") from error
+    return analysed(module, path)
 
 
 def _unfit(module: nn.Module) -> str | None:

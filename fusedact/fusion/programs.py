@@ -66,8 +66,18 @@ class Program(NamedTuple):
 def analysed(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Site]]:
     """The programs of a module's forward, one for each mode in which it is another, and the sites, as in training.
 
-    Raises Untraceable where its forward has no graph.
+    Raises Untraceable where its forward has no graph, or cannot be looked at.
     """
+    try:
+        return _analysed(module, path)
+    except Untraceable:
+        raise
+    except Exception as error:  # a model may be anything; what fuse() cannot look at it leaves
+        text = str(error).partition("\n")[0]
+        raise Untraceable(f"fuse() fails to look at it: {type(error).__name__}, {text}") from error
+
+
+def _analysed(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Site]]:
     forward, gives = forward_of(type(module)), vars(module).get(CUT)
     traces = [trace(module, forward, True)]
     if gives is not None or any(read.name == "training" for read in traces[0].reads):
@@ -99,10 +109,6 @@ def _compiled(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     return type(fx.GraphModule(module, graph)).forward
 
 
-def is_fused(module: nn.Module) -> bool:
-    return any("_original" in vars(kind) for kind in type(module).__mro__)
-
-
 def attach(module: nn.Module, programs: tuple[Program, ...]) -> None:
     module.__class__ = _fused_class(original(type(module)))  # type: ignore[arg-type]
     module.__dict__["_fusedact"] = programs
@@ -111,7 +117,7 @@ def attach(module: nn.Module, programs: tuple[Program, ...]) -> None:
 def detach(module: nn.Module) -> None:
     """Class and attributes as they were. RuntimeError where the class was changed once more since."""
     kind = original(type(module))
-    if kind is type(module) and is_fused(module):
+    if kind is type(module) and any("_original" in vars(base) for base in kind.__mro__):
         raise RuntimeError(f"unfuse() cannot give {kind.__name__} back: its class was changed after fuse()")
     if kind is not type(module):
         module.__class__ = kind
@@ -148,7 +154,10 @@ def _fused_class(base: Any) -> type[nn.Module]:
 
     def set_state(self: Any, state: Any) -> None:
         base.__setstate__(self, state)
-        attach(self, programs_of(self))
+        try:
+            attach(self, analysed(self, "")[0])
+        except Untraceable:
+            attach(self, ())
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     methods = {"forward": forward, "__reduce_ex__": reduced, "__setstate__": set_state}
@@ -164,10 +173,3 @@ def _meets_triton(values: Iterable[Any]) -> bool:
 def _blank(base: type[nn.Module], *args: Any) -> nn.Module:
     kind = _fused_class(base)  # type: ignore[arg-type]
     return kind.__new__(kind, *args)
-
-
-def programs_of(module: nn.Module) -> tuple[Program, ...]:
-    try:
-        return analysed(module, "")[0]
-    except Untraceable:
-        return ()
