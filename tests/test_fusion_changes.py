@@ -292,3 +292,17 @@ def test_one_module_at_two_places(device):
     ours, x = fusedact.fuse(copy.deepcopy(stock)), torch.randn(3, 4, device=device)
     assert ours["a"] is ours["b"][0]
     alike(answers(ours, x, ours["b"]), answers(stock, x, stock["b"]))
+
+
+def test_fit_takes_a_fused_model_as_it_takes_it_unfused():
+    """By the same engine, but for a model whose end its loss took over."""
+    stock, x, y = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(8, 4), torch.arange(8) % 3
+    runs = []
+    for joined in (None, False, True):
+        model, loss = copy.deepcopy(stock), nn.CrossEntropyLoss()
+        if joined is not None:
+            model, loss = fusedact.fuse(model, loss) if joined else (fusedact.fuse(model), loss)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        runs.append(fusedact.fit(model, x, y, loss=loss, optimizer=optimizer, epochs=2, batch_size=4, shuffle=False))
+    assert runs[0].engine == runs[1].engine != runs[2].engine == "loop"
+    assert runs[1].costs == runs[0].costs and runs[2].costs == pytest.approx(runs[0].costs, rel=1e-5)

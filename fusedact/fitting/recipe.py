@@ -11,6 +11,8 @@ from torch import nn
 from fusedact import functional
 from fusedact import nn as fused
 from fusedact.activations import Activation, by_name, of_module
+from fusedact.fusion.programs import CUT
+from fusedact.fusion.reads import original
 from fusedact.nn.hooks import is_plain
 
 SUPPORTED = "linear layers, each with at most one elementwise activation after it, in a Sequential"
@@ -138,8 +140,10 @@ def _in_order(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that are no Sequential, in the order of their calls, with their names in the model."""
     if not is_plain(module):
         raise Unsupported(f"{_named(name, module)} has hooks, is compiled or has its forward replaced; not supported")
-    if type(module) not in (nn.Sequential, fused.Sequential):
+    if original(type(module)) not in (nn.Sequential, fused.Sequential):
         return [(name, module)]
+    if CUT in vars(module):
+        raise Unsupported(f"{_named(name, module)} was joined with its loss by fuse(), which is not supported")
     keys = module._modules  # `named_children` would name a module in two places once
     return [found for key in keys for found in _in_order(f"{name}.{key}".strip("."), module.get_submodule(key))]
 
@@ -173,7 +177,7 @@ def _objective(loss: Any) -> Objective:
     names = [name for kind, name in LOSSES.items() if loss in (getattr(F, name), getattr(functional, name))]
     if names:
         return Objective(names[0], True)
-    kind = type(loss) if isinstance(loss, nn.Module) else loss
+    kind = original(type(loss)) if isinstance(loss, nn.Module) else loss
     name = getattr(kind, "__name__", repr(loss))
     kinds = [known for known in LOSSES if kind in (known, getattr(fused, known.__name__))]
     if not kinds:
