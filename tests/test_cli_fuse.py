@@ -20,8 +20,8 @@ class Pair(nn.Module):
         super().__init__()
         self.fc, self.act = nn.Linear(4, width), nn.GELU()
 
-    def forward(self, x, y=0):
-        return self.act(self.fc(x)) + y
+    def forward(self, x, *others):
+        return sum(others, self.act(self.fc(x)))
 
 class Words(nn.Module):
     def __init__(self):

@@ -382,3 +382,9 @@ def test_an_argument_with_a_default(device):
     stock, x = Optional().to(device), torch.randn(3, 4, device=device)
     ours, mask = fusedact.fuse(copy.deepcopy(stock)), torch.tensor([0.0, 1.0, 0.0, 2.0], device=device)
     alike([ours(x), ours(x, mask), ours(x, mask=None)], [stock(x), stock(x, mask), stock(x, mask=None)])
+
+
+def test_the_report_says_with_which_defaults():
+    """A call that gives another one runs the original forward."""
+    labels = [site.label for site in fusedact.report(fusedact.fuse(Optional())).sites if site.fused]
+    assert labels and all("with the default of mask" in label for label in labels)

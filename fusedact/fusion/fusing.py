@@ -159,7 +159,10 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         yield vars(model)[JOINED]
     for path, module in model.named_modules():
         try:
-            _, found = _looked_at(module, path)
+            programs, found = _looked_at(module, path)
+            if programs and programs[0].traced.fixed:
+                how = f" (with the default of {', '.join(programs[0].traced.fixed)})"
+                found = [replace(site, label=site.label + how) if site.fused else site for site in found]
         except Untraceable as error:
             found = [
                 Site(path, (f"{path}.{name}".lstrip("."),), _kind(child), describe(child), str(error))
