@@ -1,4 +1,4 @@
-"""What the device can do at most, and a few facts of it that decide how kernels are written."""
+"""What the device can do at most, and a few facts of it that decide how kernels are written, as Triton sees them."""
 
 import statistics
 import time
@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.timing import Call, Effort, captured, queued, thread, wait
+from fusedact.profiling import ceilings
+from fusedact.profiling.timing import Call, Effort, captured, queued, wait
 
 
 @triton.jit
@@ -22,26 +23,6 @@ def _tf32_kernel(x_ptr, eye_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr):
     x = tl.load(x_ptr + rows * K + cols)  # (M, K)
     eye = tl.load(eye_ptr + tl.arange(0, K)[:, None] * K + cols)  # (K, K)
     tl.store(y_ptr + rows * K + cols, tl.dot(x, eye, input_precision="tf32"))
-
-
-def copy_gbps(device: torch.device, effort: Effort) -> float:
-    """GB/s of a large copy on the device, read and written bytes both counted."""
-    x = torch.randn(effort.elements, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / _best(lambda: y.copy_(x), device, effort) * 1e-3
-
-
-def _matmul_tflops(dtype: torch.dtype, precision: str, device: torch.device, effort: Effort) -> float:
-    torch.set_float32_matmul_precision(precision)
-    a, b = (torch.randn(effort.edge, effort.edge, device=device, dtype=dtype) for _ in range(2))
-    return 2 * effort.edge**3 / _best(lambda: a @ b, device, effort) * 1e-6
-
-
-def _best(call: Call, device: torch.device, effort: Effort) -> float:
-    """The median of the rounds, µs."""
-    call()
-    sample = partial(thread, call, 3) if device.type == "cpu" else partial(queued, [call] * 3, 3)
-    return statistics.median(sample() for _ in range(effort.rounds))
 
 
 def triton_launch_us(device: torch.device, effort: Effort) -> float:
@@ -118,10 +99,7 @@ def tensor_core_sums(device: torch.device, effort: Effort) -> dict[str, str]:
 
 
 CEILINGS = {
-    "copy, GB/s": copy_gbps,
-    "bf16, TFLOP/s": partial(_matmul_tflops, torch.bfloat16, "highest"),
-    "tf32, TFLOP/s": partial(_matmul_tflops, torch.float32, "high"),
-    "fp32, TFLOP/s": partial(_matmul_tflops, torch.float32, "highest"),
+    **ceilings.CEILINGS,
     "launch by Triton, µs of host": triton_launch_us,
     "launch by torch, µs of host": torch_launch_us,
     "empty kernel in a graph, µs": graph_node_us,

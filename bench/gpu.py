@@ -113,8 +113,8 @@ def ceilings(run: Run, deadline: float) -> dict:
 
 def ops(run: Run, deadline: float) -> dict:
     """Every case, right first, then against stock and torch.compile, after a common filling of compile caches."""
-    from bench.cases import CASES, by_name
-    from bench.ops import work
+    from fusedact.profiling.cases import CASES, by_name
+    from fusedact.profiling.ops import work
 
     cases = by_name(CASES, run.dry)
     small = [name for name, case in cases.items() if work(case, "forward").bytes < WARM_BYTES]
@@ -129,7 +129,7 @@ def ops(run: Run, deadline: float) -> dict:
 
 def interpreted(run: Run, deadline: float) -> dict:
     """In place of a GPU: the kernels' results, interpreted."""
-    from bench.cases import CASES, by_name
+    from fusedact.profiling.cases import CASES, by_name
 
     names = list(by_name(CASES, run.dry))
     return _units(run, "check", names, deadline, {"FUSEDACT_BACKEND": "triton"} | _interpreted(run))
@@ -137,20 +137,20 @@ def interpreted(run: Run, deadline: float) -> dict:
 
 def peers(run: Run, deadline: float) -> dict:
     """Some of the losses again, beside others' kernels: apart, since one that fails may lose the device."""
-    from bench.cases import PEERED, by_name
+    from fusedact.profiling.cases import PEERED, by_name
 
     return _units(run, "peers", list(by_name(PEERED, run.dry)), deadline, _fallback(run))
 
 
 def autotuned(run: Run, deadline: float) -> dict:
     """Some of the cases again, with torch.compile's max-autotune as the compiler."""
-    from bench.cases import AUTOTUNED, by_name
+    from fusedact.profiling.cases import AUTOTUNED, by_name
 
     return _units(run, "autotuned", list(by_name(AUTOTUNED, run.dry)), deadline, _fallback(run))
 
 
 def steps(run: Run, deadline: float) -> dict:
-    from bench.cases import STEPS
+    from fusedact.profiling.cases import STEPS
 
     return _units(run, "steps", [step.name for step in STEPS], deadline)
 

@@ -27,10 +27,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.cases import Case
-from bench.contenders import Contender
 from bench.report import between, newest
 from fusedact.functional import linear_cross_entropy
+from fusedact.profiling.cases import Case
+from fusedact.profiling.contenders import Contender
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "memory.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OPEN, CLOSE = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 COPY = "copy, GB/s"
-CHUNKS = "torch's chunks"  # as bench.peers names them
+CHUNKS = "torch's chunks"  # as fusedact.profiling.peers names them
 LAYERS = ("linear_act", "linear_chain", "convolution_act", "gated", "fused_block", "prelu")
 NO_RECORD = "No GPU record yet."
 DRY = "no GPU, tiny shapes, the fallback instead of kernels. None of these are figures."

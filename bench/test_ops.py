@@ -8,9 +8,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.contenders import contenders, output_gradient
-from bench.ops import OPS, work
+from fusedact.profiling.cases import CASES
+from fusedact.profiling.contenders import contenders, output_gradient
+from fusedact.profiling.ops import OPS, work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = 1.5e8  # FLOPs and bytes, forward with backward

@@ -60,7 +60,8 @@ def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
     """One unit of the job's kind; `seconds` is its share of what is left."""
     if job["kind"] == "facts":
         return _facts(device)
-    from bench import cases, ceilings, fits, measure, timing
+    from bench import ceilings, fits
+    from fusedact.profiling import cases, measure, timing
 
     if job["kind"] == "fits":
         return fits.measure_fit({fit.name: fit for fit in fits.FITS}[name], device, job["dry"])

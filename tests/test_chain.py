@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples.tiles import every_tile
 
-from bench.cases import every_tile
 from fusedact import functional as F
 from fusedact import nn
 from fusedact.activations import ACTIVATIONS

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samples.tiles import every_tile
 
-from bench.cases import every_tile
 from fusedact import functional as F
 from fusedact.activations import ACTIVATIONS
 from fusedact.kernels import activations, linear

@@ -6,9 +6,9 @@ import pytest
 
 import fusedact
 from bench import memory
-from bench.cases import Case
-from bench.contenders import contenders, output_gradient
-from bench.peers import PEERS
+from fusedact.profiling.cases import Case
+from fusedact.profiling.contenders import contenders, output_gradient
+from fusedact.profiling.peers import PEERS
 
 SMALL = {2: (64, 500), 3: (512, 32, 650)}
 A_ROW = 16  # bytes that a formula leaves out

@@ -28,7 +28,7 @@ FLOORS = (
     ("nn",),
     ("fusion", "fitting", "distributed"),
     ("fusedact",),
-    ("trainers", "data", "plotting", "profiling"),
+    ("trainers", "data", "plotting", "profiling", "catalogue"),
     ("cli",),
     ("__main__",),
 )

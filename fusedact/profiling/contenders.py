@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fusedact
-from bench.cases import Case
-from bench.ops import OPS
+from fusedact.profiling.cases import Case
+from fusedact.profiling.ops import OPS
 
 
 @dataclass(frozen=True)

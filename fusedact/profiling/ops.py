@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedact
-from bench.cases import Case
 from fusedact import functional
 from fusedact.activations import ACTIVATIONS
+from fusedact.profiling.cases import Case
 
 PHASES = ("forward", "backward", "both")
 EARLY = ("no_grad", "both")  # where gradients are made with the value, a backward alone does what no training does

@@ -8,11 +8,11 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Step
-from bench.contenders import Contender, contenders, output_gradient
-from bench.ops import OPS, work
-from bench.peers import PEERS
-from bench.timing import Call, Effort, seconds_of, timed
+from fusedact.profiling.cases import Case, Step
+from fusedact.profiling.contenders import Contender, contenders, output_gradient
+from fusedact.profiling.ops import OPS, work
+from fusedact.profiling.peers import PEERS
+from fusedact.profiling.timing import Call, Effort, seconds_of, timed
 from fusedact.trainers import LAYERS, TRAINERS
 
 Sets = list[dict[str, Contender]]  # of inputs, each with who runs on it

@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-
-from fusedact.tuning.candidates import RATES, Chip, Problem, candidates
 
 MATRIX_OPS = ("linear_act", "linear_chain", "convolution_act", "linear_cross_entropy", "fused_block")
 
@@ -167,7 +164,7 @@ CASES = (
 )
 # fmt: on
 
-# Beside others' kernels as well, `bench.peers`.
+# Beside others' kernels as well, `peers`.
 PEERED = tuple(
     case for case in CASES if case.op == "linear_cross_entropy" or (case.op == "cross_entropy" and len(case.shape) == 2)
 )
@@ -186,17 +183,3 @@ STEPS = (Step("S1", "binary"), Step("S3", "xor"), Step("S5", "mnist-softmax"), S
 
 def by_name(cases: Iterable[Case], dry: bool) -> dict[str, Case]:
     return {case.name: case for case in ((case.tiny() for case in cases) if dry else cases)}
-
-
-def every_tile(task: str, dtypes: list[torch.dtype]) -> dict[str, tuple[torch.dtype, Any]]:
-    """(dtype, tile) of all chips' candidates, each once. The interpreter tells neither warps nor stages apart."""
-    found: dict[Any, tuple[str, torch.dtype, Any]] = {}
-    for kind in RATES:
-        chip = Chip(kind, shared_memory=227 * 1024, warp_size=32, multiprocessors=3)
-        for dtype in dtypes:
-            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-                for name, tile in candidates(Problem(task, 1024, 1024, 1024, dtype, precision, True, chip)).items():
-                    interpreted = tile and tile._replace(num_warps=4, num_stages=1, specialized=False)
-                    key = tile if torch.cuda.is_available() else interpreted
-                    found.setdefault((dtype, key), (f"{dtype} {name}", dtype, tile))
-    return {name: (dtype, tile) for name, dtype, tile in found.values()}

@@ -1,10 +1,9 @@
-"""Pictures. matplotlib is imported when one is drawn."""
+"""Costs by epoch: of a few runs, and of a sweep of many."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -84,10 +83,3 @@ def sweep(
     learned.xaxis.set_major_formatter("{x:,.0f}")
     learned.legend(frameon=False, title="learning rate", loc="upper left")
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

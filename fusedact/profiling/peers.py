@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
-from bench.contenders import Contender
+from fusedact.profiling.cases import Case
+from fusedact.profiling.contenders import Contender
 
 
 @dataclass(frozen=True)

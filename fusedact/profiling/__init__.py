@@ -1,0 +1,1 @@
+"""Times, traces and rooflines: what is measured, against whom, and how."""
