@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from fusedact.plotting.style import tidy
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,7 +36,8 @@ def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(ylabel="cost", xlabel="epoch" if size == 1 else f"epoch (means of {size})")
     axes.set_title(title, loc="left")
-    for (name, values), line in zip(costs.items(), LINES, strict=False):
+    lines = LINES if len(costs) > 1 else LINES[2:]
+    for (name, values), line in zip(costs.items(), lines, strict=False):
         means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
         ends = [min(i + size, len(values)) for i in range(0, len(values), size)]
         marker = "o" if epochs <= 30 else ""
@@ -44,8 +47,7 @@ def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6")
+    tidy(axes)
     axes.legend(frameon=False, title="cost at the end")
     return figure
 
@@ -78,8 +80,7 @@ def sweep(
     ended.set_xticks(range(len(lrs)), [f"{lr:g}\n{share[-1]:.0%}" for lr, share in zip(lrs, shares, strict=True)])
     ended.set_ylim(bottom=0)
     for axes in (learned, ended):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6")
+        tidy(axes)
     learned.xaxis.set_major_formatter("{x:,.0f}")
     learned.legend(frameon=False, title="learning rate", loc="upper left")
     return figure

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as the bytes of a PNG file, of so many pixels an inch."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
