@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedact.tuning import Chip
@@ -165,6 +165,18 @@ def elsewhere(x: Tensor) -> bool:
 # How many dispatch modes are on: fake tensors, FLOP counting, selective checkpointing.
 dispatching = torch._C._len_torch_dispatch_stack
 
+
+@contextmanager
+def overlooking() -> Iterator[None]:
+    """Inside, no dispatch mode counts: under one that only looks on, ops launch as they do without it."""
+    global dispatching
+    before, dispatching = dispatching, lambda: 0
+    try:
+        yield
+    finally:
+        dispatching = before
+
+
 # What torch.backends.cuda.matmul.fp32_precision asks, without its microsecond of Python.
 _float32_precision = torch._C._get_fp32_precision_getter
 
@@ -222,6 +234,23 @@ def is_batched(t: Tensor | None) -> bool:
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without the Python that looks for functorch, which the doors have ruled out."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def profiling() -> bool:
+    """Whether torch's profiler records or, under emit_nvtx, hands ranges to NVTX. A range that nobody asks for costs
+    6 µs.
+    """
+    return profiler._is_profiler_enabled
+
+
+def named(name: str, run: Callable[..., _Result]) -> Callable[..., _Result]:
+    """run, recorded as a range of that name."""
+
+    def there(*args: Any) -> _Result:
+        with profiler.record_function(name):
+            return run(*args)
+
+    return there
 
 
 def is_transparent(t: Tensor) -> bool:

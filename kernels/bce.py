@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .activations import logsigmoid
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import is_last_program, like, log, log1m, log1p_exp, narrow, ordered_sum, sigmoid
 from .walks import load, walks
 from .workspace import accumulator, cdiv, tickets, wide
@@ -125,7 +126,7 @@ def losses(ptrs, ways, offsets, mask, LOSS: tl.constexpr, ACCUMULATOR: tl.conste
         return LOSS(x, target, pos_weight)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, flops_each("x_ptr", 8)))
 def _forward_kernel(
     x_ptr,  # (n,), as the next three
     target_ptr,
@@ -177,7 +178,7 @@ def _forward_kernel(
             tl.store(loss_ptr, narrow(total, loss_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, flops_each("x_ptr", 5)))
 def _backward_kernel(
     dloss_ptr,  # (n,), as all others
     x_ptr,

@@ -18,6 +18,7 @@ from .activations import prelu_slope_grad
 from .elementwise import tile as tile_of_walk
 from .elementwise import walk
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
 from .workspace import accumulator, as_arguments, cdiv, power_of_2, slope_stride, tickets, wide
 
@@ -38,7 +39,7 @@ def tile(M: int, N: int, itemsize: int) -> Tile:
     return Tile(16 if M <= 16 or itemsize == 8 else 32, block_n, 4)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _backward_kernel(
     dy_ptr,  # (M, N)
     saved_ptr,  # (M, N), rows contiguous: y or z
@@ -197,7 +198,7 @@ def backward(dy, saved, act_grad, params, slope, want_db, want_dslope, config, a
     return results
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _forward_channels_kernel(
     x_ptr,  # (B, C, A)
     bias_ptr,  # (C,) or None
@@ -236,7 +237,7 @@ def _forward_channels_kernel(
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _backward_channels_kernel(
     dy_ptr,  # (B, C, A)
     saved_ptr,  # (B, C, A): y or x

@@ -16,6 +16,7 @@ from .activations import prelu_slope_grad
 from .bias_activation import add_partials, store_partials
 from .launch import launch
 from .linear import GROUP_M, as_offsets, described, product
+from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
 from .tiles import blocks_of, grouped_tile, halves, narrow
 from .workspace import accumulator, as_arguments, cdiv, slope_stride, tickets, wide
@@ -23,7 +24,7 @@ from .workspace import accumulator, as_arguments, cdiv, slope_stride, tickets, w
 SUMMED = 32  # partials that are added at once
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _backward_kernel(
     dz_next_ptr,  # (M, K)
     w_ptr,  # (N, K): the next layer's Wᵀ
@@ -73,7 +74,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _backward_tiles_kernel(
     dz_next_desc,  # (M, K), or its transpose
     w_desc,  # (N, K): the next layer's Wᵀ, or its transpose

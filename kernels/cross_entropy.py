@@ -22,6 +22,7 @@ from .cross_entropy_gradient import forward_with_gradient as forward_with_gradie
 from .cross_entropy_gradient import gradient_tile as gradient_tile
 from .cross_entropy_gradient import overwrite_with_gradient as overwrite_with_gradient
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import blocks_of, finite_or_0, narrow, store_reduced
 from .workspace import accumulator, around_classes, by_row, cdiv, power_of_2, row_strides, tickets, wide
 
@@ -57,7 +58,7 @@ def tile(C: int, after: int, itemsize: int, streams: int, warp_size: int) -> Til
     return Tile(1, threads, threads * elements, threads // warp_size)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__, flops_each("x_ptr", 4)))
 def _forward_kernel(
     x_ptr,  # (A, C, B)
     target_ptr,  # (A, B) int64, or probabilities (A, C, B)

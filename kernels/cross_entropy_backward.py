@@ -5,11 +5,12 @@ import triton.language as tl
 
 from .class_rows import alignment, coefficients, logits, numbers_of, rows_after, target_of
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import LOG2_E, blocks_of, narrow
 from .workspace import around_classes, by_row, cdiv, gradient_block, row_strides
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__, flops_each("x_ptr", 4)))
 def _backward_kernel(
     dloss_ptr,  # (A, B), one number, or None
     dlse_ptr,  # (A, B) or None

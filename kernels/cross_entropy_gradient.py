@@ -28,6 +28,7 @@ from .class_rows import (
     vector_of,
 )
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import LOG2_E, blocks_of, finite_or_0, narrow, store_reduced
 from .workspace import accumulator, around_classes, cdiv, power_of_2, row_strides, tickets, wide
 
@@ -146,7 +147,7 @@ def _step_gradient(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__, flops_each("x_ptr", 8)))
 def _kernel(
     x_ptr,  # (A, C, B)
     target_ptr,  # (A B,) int64, or probabilities (A, C, B)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .activations import prelu_slope_grad
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
 from .workspace import accumulator, as_arguments, cdiv, collapse, power_of_2, tickets, wide
 
@@ -53,7 +54,7 @@ def tile_places(tile_b, tile_c, tile_a, BLOCK_B: tl.constexpr, BLOCK_C: tl.const
     return b[:, None, None], c[None, :, None], a[None, None, :]
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _forward_kernel(
     x_ptr,  # (B, C, A)
     slope_ptr,  # (C,) or None
@@ -90,7 +91,7 @@ def _forward_kernel(
     tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _backward_kernel(
     dy_ptr,  # (B, C, A)
     saved_ptr,  # (B, C, A): y or x

@@ -11,11 +11,12 @@ import triton.language as tl
 
 from .elementwise import tile_places, walkable
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, narrow
 from .workspace import accumulator, as_arguments
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _forward_kernel(
     gate_ptr,  # (B, C, A)
     up_ptr,  # (B, C, A)
@@ -54,7 +55,7 @@ def _forward_kernel(
     tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _backward_kernel(
     dy_ptr,  # (B, C, A)
     gate_ptr,  # (B, C, A)

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import bias_activation
 from .activations import identity
 from .launch import launch
+from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
 from .tiles import blocks_of, grouped_tile, halves, narrow
 from .workspace import accumulator, as_arguments, cdiv, slope_stride
@@ -42,7 +43,7 @@ class Tile(NamedTuple):
     specialized: bool = False
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _forward_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K)
@@ -87,7 +88,7 @@ def _forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _forward_tiles_kernel(
     x_desc,  # (M, K), or its transpose
     w_desc,  # (N, K), or its transpose

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .bce import LOGITS
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, is_last_program, narrow, ordered_sum
 from .workspace import accumulator, cdiv, power_of_2, tickets, wide
 
@@ -54,7 +55,12 @@ def tile(N: int, d: int, itemsize: int, warp_size: int, multiprocessors: int) ->
     return Tile(rows, lanes, threads // warp_size, stages, programs)
 
 
-@triton.jit
+def _flops(args):
+    """y, and what is wanted of dx and dW, take a multiply-add for each element of x."""
+    return 2 * args["x_ptr"].numel() * (1 + (args["dx_ptr"] is not None) + (args["dw_ptr"] is not None))
+
+
+@triton.jit(launch_metadata=told(__name__, _flops))
 def _rows_kernel(
     x_ptr,  # (N, d)
     w_ptr,  # (d,)
@@ -144,7 +150,7 @@ def _rows_kernel(
                     _add(loss_ptr, dw_ptr, db_ptr, partial_ptr, programs, d, divisor, first, ADDED_ROWS, ADDED_COLS)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__))
 def _add_kernel(
     loss_ptr, dw_ptr, db_ptr, partial_ptr, programs, d, divisor, ADDED_ROWS: tl.constexpr, ADDED_COLS: tl.constexpr
 ):

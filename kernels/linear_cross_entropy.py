@@ -13,6 +13,7 @@ import triton.language as tl
 from .class_rows import capped, numbers_of
 from .launch import launch
 from .linear import GROUP_M, as_offsets, described
+from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
 from .tiles import LOG2_E, blocks_of, finite_or_0, grouped_tile, halves, store_reduced
 from .workspace import accumulator, cdiv, slope_stride, tickets, wide
@@ -33,7 +34,7 @@ def tile() -> Tile:
     return Tile(16, 64, 4)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _statistics_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K)
@@ -77,7 +78,7 @@ def _statistics_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, product_flops))
 def _statistics_tiles_kernel(
     x_desc,  # (M, K), or its transpose
     w_desc,  # (N, K), or its transpose
@@ -195,7 +196,7 @@ def _statistics(
     return m, s, x_target, kx_sum, k_sum
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__))
 def _combine_kernel(
     partial_ptr,  # (2, tiles, M) or (4, tiles, M), as from the statistics
     x_target_ptr,  # (M,)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import bce
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import exp_minus, log1p_exp, narrow
 from .walks import walks
 from .workspace import accumulator, cdiv, power_of_2
@@ -54,7 +55,7 @@ def _target_grad(x, t, p):
 SOFT_MARGIN = bce.Loss(_loss, _grad, _target_grad)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, flops_each("x_ptr", 8)))
 def _forward_kernel(
     x_ptr,  # (N, C), as the next two
     target_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, narrow, store_reduced
 from .workspace import accumulator, around_classes, by_row, cdiv, gradient_block, row_strides, tickets, wide
 
@@ -34,7 +35,7 @@ def _weights(weight_ptr, stride_weight, target, mask, ACCUMULATOR: tl.constexpr)
     return weight
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__, untouched=("logp_ptr",)))
 def _forward_kernel(
     logp_ptr,  # (A, C, B)
     target_ptr,  # (A, B) int64
@@ -83,7 +84,7 @@ def _forward_kernel(
         store_reduced(loss_sum, weight_sum, partial_ptr, ticket_ptr, loss_ptr, total_ptr, MEAN, MAX_PROGRAMS)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__))
 def _backward_kernel(
     dloss_ptr,  # (A, B) or one number
     target_ptr,  # (A, B) int64

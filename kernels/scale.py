@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .metadata import told
 from .tiles import blocks_of, narrow
 from .workspace import accumulator, cdiv, wide
 
@@ -21,7 +22,7 @@ def tile() -> Tile:
     return Tile(4096, 8)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, untouched=("x_ptr", "y_ptr", "z_ptr")))
 def _scale_kernel(
     x_ptr,  # (n_x,)
     y_ptr,  # (n_y,) or None

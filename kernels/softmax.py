@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .metadata import flops_each, told
 from .tiles import LOG2_E, blocks_of, narrow
 from .workspace import accumulator, cdiv, collapse, power_of_2
 
@@ -133,7 +134,7 @@ def _store_result(ptrs, mask, x, m, s, LOG: tl.constexpr):
     tl.store(ptrs, narrow(y, ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, flops_each("x_ptr", 5)))
 def _forward_kernel(
     x_ptr,
     y_ptr,
@@ -203,7 +204,7 @@ def _store_gradient(ptrs, mask, dy, y, total, LOG: tl.constexpr, NEGATE: tl.cons
     tl.store(ptrs, narrow(dx, ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=told(__name__, flops_each("y_ptr", 4)))
 def _backward_kernel(
     dy_ptr,
     y_ptr,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .metadata import told, training_flops
 from .tiles import blocks_of, grid_barrier, narrow, widen, within
 from .training import RATES
 from .workspace import cdiv, power_of_2
@@ -103,7 +104,12 @@ def _weight_tiles(layers, config):
     return sum(cdiv(layer.outputs, config.height) * cdiv(layer.inputs, config.width) for layer in layers)
 
 
-@triton.jit(do_not_specialize=["steps"])
+def _flops(args):
+    layers = [(layer.inputs.value, layer.outputs.value) for layer in args["layers"]]
+    return training_flops(args["run"].order.numel(), layers)
+
+
+@triton.jit(do_not_specialize=["steps"], launch_metadata=told(__name__, _flops))
 def _train_kernel(
     counter_ptr,  # (1,)
     failed_ptr,  # (1,)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .metadata import told, training_flops
 from .tiles import grid_barrier
 from .workspace import cdiv, power_of_2
 
@@ -51,7 +52,11 @@ def fits(config: Tile) -> bool:
     return block_k <= 64 and block_c * block_k <= 1024 and block_b * (block_k + block_c) <= 10240
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "P", "polls"])
+def _flops(args):
+    return training_flops(args["order_ptr"].numel(), [(args["INPUTS"], args["OUTPUTS"])])
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "P", "polls"], launch_metadata=told(__name__, _flops))
 def _train_kernel(
     x_ptr,  # (rows, INPUTS)
     y_ptr,  # (rows, OUTPUTS) or, of labels, (rows,)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .metadata import told, training_flops
 from .workspace import cdiv, power_of_2
 
 LANES = 32  # of a warp; AMD's have 64, and twice the registers
@@ -36,7 +37,12 @@ def fits(layers, batch, rule):
     return batch <= MOST_ROWS and parameters + cdiv(batch, LANES) * of_a_row <= MOST_NUMBERS
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "stride_on"])
+def _flops(args):
+    layers = [(layer.inputs.value, layer.outputs.value) for layer in args["layers"]]
+    return training_flops(args["losses_ptr"].numel() * args["batch"], layers)  # networks may share an order
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "stride_on"], launch_metadata=told(__name__, _flops))
 def _train_kernel(
     x_ptr,  # (rows, inputs)
     y_ptr,  # (rows, outputs) or, of labels, (rows,)

@@ -46,18 +46,7 @@ def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
 class LinearChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activations: Activations, *tensors: Tensor | None) -> Tensor:
-        y = x
-        kept: list[Tensor | None] = []
-        for activation, (weight, bias, slope) in zip(activations, _layers(tensors), strict=True):
-            if activation is None:
-                y = bare(y, weight, bias)
-                kept.append(None)
-                continue
-            plan = plan_of(*activation, x)
-            rows, shape = in_rows(y, weight)
-            tile, save_z = tile_for("forward", rows, weight), not plan.from_output
-            y, z = plan.linear.forward(rows, weight, bias, plan.value, activation[1], slope, tile, save_z, shape)
-            kept.append(z if save_z else y)
+        y, kept = (_named_launch if backend.profiling() else _launch)(x, activations, tensors)
         ctx.activations = activations
         ctx.save_for_backward(x, *tensors, *kept)
         ctx.set_materialize_grads(False)
@@ -77,11 +66,31 @@ class LinearChain(torch.autograd.Function):
             dx, *grads = differentiate(lambda *ts: _composite(ctx.activations, *ts), inputs, want, (dy,))
             return dx, None, *grads
         with backend.on_device(x):
-            dx, grads = _gradients(dy, x, ctx.activations, tensors, kept, want_x, wanted)
+            run = _named_gradients if backend.profiling() else _gradients
+            dx, grads = run(dy, x, ctx.activations, tensors, kept, want_x, wanted)
         return dx, None, *grads
 
 
 _apply = backend.apply_of(LinearChain)
+
+
+def _launch(
+    x: Tensor, activations: Activations, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """y, and of each layer what backward needs of it."""
+    y = x
+    kept: list[Tensor | None] = []
+    for activation, (weight, bias, slope) in zip(activations, _layers(tensors), strict=True):
+        if activation is None:
+            y = bare(y, weight, bias)  # type: ignore[arg-type]
+            kept.append(None)
+            continue
+        plan = plan_of(*activation, x)
+        rows, shape = in_rows(y, weight)  # type: ignore[arg-type]
+        tile, save_z = tile_for("forward", rows, weight), not plan.from_output  # type: ignore[arg-type]
+        y, z = plan.linear.forward(rows, weight, bias, plan.value, activation[1], slope, tile, save_z, shape)
+        kept.append(z if save_z else y)
+    return y, kept
 
 
 def _composite(activations: Activations, x: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -161,3 +170,7 @@ def _gradients(
     if dx is not None and dx.shape != x.shape:
         dx = dx.view(x.shape)
     return dx, [dw, *sums, *grads]
+
+
+_named_launch = backend.named("fusedact::linear_chain", _launch)
+_named_gradients = backend.named("fusedact::linear_chain_backward", _gradients)

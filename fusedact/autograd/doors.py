@@ -49,8 +49,9 @@ class Op:
             lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
             setup_context=lambda ctx, inputs, output: self._save(ctx, inputs[:-1], output),
         )
-        apply = backend.apply_of(self._function())
-        count, launch, single, presented = self.tensors, self.launch, self.results is None, self._presented
+        count, single, presented = self.tensors, self.results is None, self._presented
+        launch, named = self.launch, backend.named(f"fusedact::{self.name}", self.launch)
+        apply = backend.apply_of(self._function(named))
 
         def through_a_door(*args: Any) -> Any:
             if backend.transforming():
@@ -69,7 +70,7 @@ class Op:
                     return through_a_door(*args)
             if save:
                 return apply(*args)
-            output = launch(*args, False)
+            output = (named if backend.profiling() else launch)(*args, False)
             return output[0] if single else presented(output, args[count:])
 
         return through_a_door
@@ -78,17 +79,18 @@ class Op:
         count = 1 if self.results is None else self.results(options)
         return output[0] if count == 1 else output[:count]
 
-    def _function(self) -> type[torch.autograd.Function]:
+    def _function(self, named: Callable[..., Any]) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self.launch(*args, True)
+            output = (named if backend.profiling() else self.launch)(*args, True)
             self._save(ctx, args, output)
             ctx.set_materialize_grads(False)
             return self._presented(output, ctx.options)
 
         launch_backward = on_device(self.backward)
+        named_backward = backend.named(f"fusedact::{self.name}_backward", launch_backward)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-            return self._gradients(ctx, dys, launch_backward)
+            return self._gradients(ctx, dys, named_backward if backend.profiling() else launch_backward)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = self.name.title().replace("_", "")  # as users read it in `grad_fn` and in errors

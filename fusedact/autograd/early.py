@@ -49,8 +49,9 @@ class EarlyOp:
             lambda ctx, dloss, *_: (*self._registered_gradients(ctx, dloss, late_op), None),
             setup_context=self._save,
         )
-        apply = backend.apply_of(self._function())
-        count, learned, launch = self.tensors, self.learned, self.launch
+        count, learned = self.tensors, self.learned
+        launch, named = self.launch, backend.named(f"fusedact::{self.name}", self.launch)
+        apply = backend.apply_of(self._function(named))
 
         def through_a_door(*args: Any) -> Any:
             if backend.transforming():
@@ -63,7 +64,7 @@ class EarlyOp:
             if backend.elsewhere(args[0]):
                 with torch.cuda.device(args[0].device):
                     return through_a_door(*args)
-            return apply(*args) if any(wanted) else launch(*args, wanted)[0]
+            return apply(*args) if any(wanted) else (named if backend.profiling() else launch)(*args, wanted)[0]
 
         return through_a_door
 
@@ -75,10 +76,10 @@ class EarlyOp:
         likes = zip(args[: self.learned], args[-1], strict=True)
         return tuple(t.new_empty(t.shape) if want else None for t, want in likes)
 
-    def _function(self) -> type[torch.autograd.Function]:
+    def _function(self, named: Callable[..., Any]) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Tensor:
             wanted = list(ctx.needs_input_grad[: self.learned])
-            loss, *ctx.gradients = self.launch(*args, wanted)
+            loss, *ctx.gradients = (named if backend.profiling() else self.launch)(*args, wanted)
             ctx.options = args[self.tensors :]
             ctx.save_for_backward(*args[: self.tensors])
             ctx.set_materialize_grads(False)
@@ -86,6 +87,17 @@ class EarlyOp:
 
         launch = on_device(self.launch)
         late = on_device(self.late) if self.late else None
+
+        def gradients(ctx: Any, dloss: Tensor, tensors: tuple, options: tuple, wanted: list[bool]) -> tuple:
+            if late is not None and self.late_only(tensors, options):
+                return tuple(late(dloss, *tensors, *options, wanted))
+            held, ctx.gradients = ctx.gradients, None
+            if held is None:
+                held = launch(*tensors, *options, wanted)[1:]
+            _multiply(held, dloss)
+            return tuple(held)
+
+        named_gradients = backend.named(f"fusedact::{self.name}_backward", gradients)
 
         def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
             tensors, options = ctx.saved_tensors, ctx.options
@@ -96,13 +108,8 @@ class EarlyOp:
             dloss = dloss.resolve_neg()
             if self._must_be_differentiable(dloss):
                 return self._differentiated(tensors, options, wanted, dloss) + others
-            if late is not None and self.late_only(tensors, options):
-                return tuple(late(dloss, *tensors, *options, wanted)) + others
-            held, ctx.gradients = ctx.gradients, None
-            if held is None:
-                held = launch(*tensors, *options, wanted)[1:]
-            _multiply(held, dloss)
-            return tuple(held) + others
+            run = named_gradients if backend.profiling() else gradients
+            return run(ctx, dloss, tensors, options, wanted) + others
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name.title().replace("_", ""), (torch.autograd.Function,), methods)
