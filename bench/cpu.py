@@ -1,6 +1,6 @@
 """The README's figures of a CPU: measured, written to bench/results/cpu.json, and put into the README from there.
 
-python -m bench.cpu [--readme-only]
+python -m bench.cpu [--page-only]
 """
 
 import json
@@ -21,6 +21,7 @@ from fusedact.trainers.sweep import sweep_xor
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "cpu.json"
+PAGE = ROOT / "README.md"
 OPEN, CLOSE = "<!-- cpu-figures -->", "<!-- /cpu-figures -->"
 WAYS = COMPARED | {"fit": ("stock", "auto")}
 COMPARISONS = {
@@ -90,12 +91,11 @@ def figures(record: dict) -> str:
     return "\n".join([*lines, "", f"XOR learned by epoch 10,000, of 1,000 initializations at each rate: {shares}."])
 
 
-def rendered(readme: str) -> str:
-    return between(readme, OPEN, CLOSE, figures(json.loads(RECORD.read_text())))
+def rendered(page: str) -> str:
+    return between(page, OPEN, CLOSE, figures(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":
-    if "--readme-only" not in sys.argv:
+    if "--page-only" not in sys.argv:
         RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))

@@ -1,6 +1,6 @@
-"""What losses hold in memory, into README's table: by formula, counted, measured on a GPU, and resident on a CPU.
+"""What losses hold in memory, for docs/measured.md: by formula, counted, measured on a GPU, resident on a CPU.
 
-python -m bench.memory [--readme-only]
+python -m bench.memory [--page-only]
 
 Measures the head on this CPU, a process for each way of taking it, into bench/results/memory.json.
 """
@@ -34,6 +34,7 @@ from fusedact.profiling.contenders import Contender
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "memory.json"
+PAGE = ROOT / "docs" / "measured.md"
 OPEN, CLOSE = "<!-- memory -->", "<!-- /memory -->"
 
 
@@ -218,7 +219,7 @@ def measure() -> dict:
     }
 
 
-# README
+# The page
 
 
 def formulas() -> str:
@@ -280,13 +281,12 @@ Counted on a CPU (`tests/test_memory.py`): stock, torch's chunks in float32, and
 from their source: ours of the head, Liger-Kernel 0.8.5 and cut-cross-entropy 25.1.1."""
 
 
-def rendered(readme: str) -> str:
+def rendered(page: str) -> str:
     parts = (LEGEND, formulas(), reasons(), on_a_gpu(RECORD.parent), on_a_cpu(json.loads(RECORD.read_text())))
-    return between(readme, OPEN, CLOSE, "\n\n".join(parts))
+    return between(page, OPEN, CLOSE, "\n\n".join(parts))
 
 
 if __name__ == "__main__":
-    if "--readme-only" not in sys.argv:
+    if "--page-only" not in sys.argv:
         RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))

@@ -1,7 +1,7 @@
 """What a float32 product on tensor cores errs by, emulated on a CPU: the record bench/results/precision.json, and
-the README's tables from it. Nothing here runs on a tensor core.
+the tables of docs/numbers.md from it. Nothing here runs on a tensor core.
 
-python -m bench.precision [--readme-only]
+python -m bench.precision [--page-only]
 
 tf32x3 splits each float32 operand, x = leading + rest / REST, and takes x Wᵀ by three products of tf32 numbers:
 Σ x_leading w_leading + Σ (x_rest w_leading + x_leading w_rest) / REST. The kernel, kernels/products.py, begins the
@@ -29,6 +29,7 @@ from fusedact.kernels.products import LEADING, REST
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "precision.json"
+PAGE = ROOT / "docs" / "numbers.md"
 OPEN, CLOSE = "<!-- precision-table -->", "<!-- /precision-table -->"
 ROWS = 64  # of x and of w
 DEPTHS = (64, 784, 4096, 16384)
@@ -249,7 +250,7 @@ def measure() -> dict:
     }
 
 
-# The README's tables
+# The page's tables
 
 
 def tables(record: dict) -> str:
@@ -318,12 +319,11 @@ def _cell(errors: Errors, kept: bool) -> str:
     return f"{errors.norm:.1e}" if kept else f"**{errors.norm:.1e}**"
 
 
-def rendered(readme: str) -> str:
-    return between(readme, OPEN, CLOSE, tables(json.loads(RECORD.read_text())))
+def rendered(page: str) -> str:
+    return between(page, OPEN, CLOSE, tables(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":
-    if "--readme-only" not in sys.argv:
+    if "--page-only" not in sys.argv:
         RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))

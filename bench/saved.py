@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward: `TRITON_INTERPRET=1 python -m bench.saved` writes README's table of it.
+"""What a layer keeps for its backward: `TRITON_INTERPRET=1 python -m bench.saved` writes the table of docs/measured.md.
 
 Counted with saved-tensor hooks on linear, activation, linear: the distinct memory between the two products, in bytes
 for each of its elements. The kernels are interpreted.
@@ -12,7 +12,7 @@ import fusedact
 from bench.report import between
 from fusedact.activations import TABLE, Activation
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 OPEN, CLOSE = "<!-- saved -->", "<!-- /saved -->"
 ROWS, WIDTH = 4, 8
 
@@ -56,9 +56,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def rendered(readme: str) -> str:
-    return between(readme, OPEN, CLOSE, table())
+def rendered(page: str) -> str:
+    return between(page, OPEN, CLOSE, table())
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))

@@ -2,7 +2,6 @@
 
 import json
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,8 +157,3 @@ def test_the_record_is_of_these_products():
             }
     assert tuple(map(float, RECORD["normal, x denormal"])) == precision.DENORMAL
     assert RECORD["not finite as float32's"] == dict.fromkeys(precision.PRODUCTS, True)
-
-
-def test_the_readmes_tables_are_the_records():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert precision.rendered(readme) == readme

@@ -1,4 +1,4 @@
-"""What the README says of commands, names and figures is what the project has."""
+"""What the README and the pages say of commands, names and figures is what the project and its records have."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cpu, memory, saved
+from bench import cpu, memory, precision, saved
 from fusedact.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +22,14 @@ def test_the_two_commands_stand_at_the_top_and_are_makes():
     first_block = README.split("```")[1].split()
     assert [first_block[i] for i, word in enumerate(first_block, 1) if word == "make"] == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in ("demo", "test"))
+    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in ("demo", "test", "docs", "bench"))
 
 
 def test_activations_are_the_tables():
     assert re.findall(r"`(\w+)`", between("activations")) == list(ACTIVATIONS)
 
 
-def test_gpu_figures_are_the_records():
+def test_figures_are_the_records():
     report = ROOT / "bench" / "report.py"
     done = subprocess.run([sys.executable, str(report), "--check"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,13 +41,7 @@ def test_python_blocks_name_what_exists(block):
     compile(code, "README.md", "exec")
 
 
-def test_cpu_figures_are_the_records():
-    assert cpu.rendered(README) == README
-
-
-def test_saved_bytes_are_what_is_counted():
-    assert saved.rendered(README) == README
-
-
-def test_what_losses_hold_is_what_the_record_says():
-    assert memory.rendered(README) == README
+@pytest.mark.parametrize("script", [cpu, memory, precision, saved], ids=lambda script: script.__name__)
+def test_what_a_script_writes_into_a_page_is_what_it_would_write(script):
+    page = script.PAGE.read_text()
+    assert script.rendered(page) == page
