@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest lint bench
+.PHONY: demo test test-exhaustive test-oldest lint bench bench-gpu docs
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -26,8 +26,17 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Of these a CPU's are measured in one thread; `make bench ARGS=--smoke` tries them, `ARGS='-k softmax'` chooses.
 bench: $(VENV)/ready
+	mkdir -p runs
+	$(VENV)/bin/python -m pytest bench --benchmark-json=runs/bench.json $(ARGS)
+
+bench-gpu: $(VENV)/ready
 	$(VENV)/bin/python bench/gpu.py $(ARGS)
+
+# Warnings are errors. The variable silences the theme's notice of its maintenance, which mkdocs itself does not count.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # Each environment is made once, and again when what it is made from changes.
 define make_venv
@@ -41,7 +50,7 @@ endef
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(make_venv)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev,models]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev,models,docs]"
 	touch $@
 
 # Triton last and alone: a CUDA build of torch asks for the Triton that it came with.

@@ -4,7 +4,8 @@ python bench/gpu.py [--budget SECONDS] [--only SECTION] [--tests-only] [--dry-ru
 
 The record and its tables go to bench/results, or to $OUT where that is set. Every unit of work is done by a worker
 process: what crashes, hangs or loses the device costs that unit alone. Where .git is absent, FUSEDACT_COMMIT names
-the commit.
+the commit. --only runs one section, and may recur: a record of its own, whose sections `bench/report.py` takes together
+with those that were run at the same commit on the same device.
 """
 
 import argparse
@@ -155,6 +156,13 @@ def steps(run: Run, deadline: float) -> dict:
     return _units(run, "steps", [step.name for step in STEPS], deadline)
 
 
+def profiles(run: Run, deadline: float) -> dict:
+    """Each kernel of a training step and of some ops: launches, time, bytes, share of the roofline."""
+    from bench.profiles import PROFILED
+
+    return _units(run, "profiles", list(PROFILED), deadline, _fallback(run))
+
+
 def fits(run: Run, deadline: float) -> dict:
     from bench.fits import FITS
 
@@ -168,6 +176,7 @@ SECTIONS = (
     Section("ops", ops, 0.43),
     Section("peers", peers, 0.12),
     Section("steps", steps, 0.10),
+    Section("profiles", profiles, 0.06),
     Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
 )
@@ -236,6 +245,8 @@ def _worker(job: dict, environment: dict[str, str], log: IO[str]) -> Iterator[su
 
 def _in_short(answer: dict) -> str:
     value = answer["value"]
+    if isinstance(value, dict) and "contenders" in value:
+        return report.totals(value)
     if answer["outcome"] != "results" or not isinstance(value, dict) or "verdict" not in value:
         return f"{'' if answer['outcome'] == 'results' else answer['outcome'] + ' '}{value}"
     ratios = []

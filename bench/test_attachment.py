@@ -17,11 +17,10 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 import fusedact
-from bench.turns import reported, timed
+from bench.turns import TURNS, reported, timed
 from fusedact import autograd, backend, functional
 from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, linear, softmax
 
-TURNS = 400
 AHEAD = 64  # results handed out before the first comes again
 PHASES = ("inference", "forward", "both")
 
@@ -67,67 +66,70 @@ LINEAR = (
     (bias_activation, "backward", made(dz, bias, None)),
     (linear, "product", _product),
 )
-CASES = (
-    Case(
-        "linear + relu, 64 x 3 by 3 x 1, doors alone",
-        lambda *args: torch.relu(stock.linear(*args)),
-        lambda *args: autograd.linear_act(*args, None, "relu", ()),
-        (x, weight, bias),
-        3,
-        LINEAR,
-    ),
-    Case(
-        "linear + relu, 64 x 3 by 3 x 1",
-        lambda *args: torch.relu(stock.linear(*args)),
-        lambda *args: functional.linear(*args, activation="relu"),
-        (x, weight, bias),
-        3,
-        LINEAR,
-    ),
-    Case(
-        "cross_entropy, 64 x 10",
-        stock.cross_entropy,
-        functional.cross_entropy,
-        (logits, classes),
-        1,
-        (
-            (cross_entropy, "forward", made(loss, None, stats, count)),
-            (cross_entropy, "backward", made(logits, None)),
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "linear + relu, 64 x 3 by 3 x 1, doors alone",
+            lambda *args: torch.relu(stock.linear(*args)),
+            lambda *args: autograd.linear_act(*args, None, "relu", ()),
+            (x, weight, bias),
+            3,
+            LINEAR,
         ),
-    ),
-    Case(
-        "bce with logits, 64 x 1",
-        stock.binary_cross_entropy_with_logits,
-        functional.binary_cross_entropy_with_logits,
-        (yes, likely),
-        1,
-        ((bce, "forward", made(loss)), (bce, "backward", made(yes, None))),
-    ),
-    Case(
-        "softmax, 64 x 10",
-        lambda *args: stock.softmax(*args, dim=-1),
-        lambda *args: functional.softmax(*args, dim=-1),
-        (logits,),
-        1,
-        ((softmax, "forward", made(y)), (softmax, "backward", made(y))),
-    ),
-    Case(
-        "gelu, 64 x 10",
-        stock.gelu,
-        functional.gelu,
-        (logits,),
-        1,
-        ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, None))),
-    ),
-    Case(
-        "prelu, 64 x 10",
-        stock.prelu,
-        functional.prelu,
-        (logits, slope),
-        2,
-        ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, slope))),
-    ),
-)
+        Case(
+            "linear + relu, 64 x 3 by 3 x 1",
+            lambda *args: torch.relu(stock.linear(*args)),
+            lambda *args: functional.linear(*args, activation="relu"),
+            (x, weight, bias),
+            3,
+            LINEAR,
+        ),
+        Case(
+            "cross_entropy, 64 x 10",
+            stock.cross_entropy,
+            functional.cross_entropy,
+            (logits, classes),
+            1,
+            (
+                (cross_entropy, "forward", made(loss, None, stats, count)),
+                (cross_entropy, "backward", made(logits, None)),
+            ),
+        ),
+        Case(
+            "bce with logits, 64 x 1",
+            stock.binary_cross_entropy_with_logits,
+            functional.binary_cross_entropy_with_logits,
+            (yes, likely),
+            1,
+            ((bce, "forward", made(loss)), (bce, "backward", made(yes, None))),
+        ),
+        Case(
+            "softmax, 64 x 10",
+            lambda *args: stock.softmax(*args, dim=-1),
+            lambda *args: functional.softmax(*args, dim=-1),
+            (logits,),
+            1,
+            ((softmax, "forward", made(y)), (softmax, "backward", made(y))),
+        ),
+        Case(
+            "gelu, 64 x 10",
+            stock.gelu,
+            functional.gelu,
+            (logits,),
+            1,
+            ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, None))),
+        ),
+        Case(
+            "prelu, 64 x 10",
+            stock.prelu,
+            functional.prelu,
+            (logits, slope),
+            2,
+            ((elementwise, "forward", made(y)), (elementwise, "backward", made(y, slope))),
+        ),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +149,18 @@ def call(function: Callable[..., Tensor], case: Case, phase: str) -> Callable[[]
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_attachment(case, phase, rows, benchmark, monkeypatch):
+@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-"))
+def test_attachment(name, phase, rows, turns, setting, benchmark, monkeypatch):
+    case = CASES[name]
     for module, name, launcher in case.launchers:
         monkeypatch.setattr(module, name, launcher)
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setattr(backend, "looks_at_values", lambda t: False)  # as on a GPU
+    benchmark.group = f"attachment {phase}"
     with torch.set_grad_enabled(phase != "inference"), fusedact.use_backend("triton"):
         functions = {"stock": case.stock, "fusedact": case.ours, "again": case.stock}
         calls = {name: call(function, case, phase) for name, function in functions.items()}
-        timings = timed(calls, TURNS)
-        benchmark.pedantic(calls["fusedact"], rounds=20, iterations=10)
+        timings = timed(calls, turns)
+        benchmark.pedantic(calls["fusedact"], rounds=min(turns, 20), iterations=10)
     rows[case.name, phase] = timings
-    benchmark.extra_info |= {name: asdict(timing) for name, timing in timings.items()}
+    benchmark.extra_info |= setting.info | {name: asdict(timing) for name, timing in timings.items()}

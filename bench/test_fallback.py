@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 import fusedact
-from bench.turns import reported, timed
-
-TURNS = 400
+from bench.turns import TURNS, reported, timed
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,21 @@ def _mlp(nn: ModuleType) -> torch.nn.Module:
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-LAYERS = (
-    Layer("S1 Linear(3, 1)", lambda nn: nn.Linear(3, 1), torch.rand(64, 3)),
-    Layer("S1 Sigmoid", lambda nn: nn.Sigmoid(), torch.randn(64, 1)),
-    Layer("S1 both in Sequential", lambda nn: nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()), torch.rand(64, 3)),
-    Layer("S1 BCELoss", lambda nn: nn.BCELoss(), torch.rand(64, 1), torch.rand(64, 1)),
-    Layer("S1 BCEWithLogitsLoss", lambda nn: nn.BCEWithLogitsLoss(), torch.randn(64, 1), torch.rand(64, 1)),
-    Layer("S6 Linear(784, 256)", lambda nn: nn.Linear(784, 256), torch.rand(100, 784)),
-    Layer("S6 ReLU", lambda nn: nn.ReLU(), torch.randn(100, 256)),
-    Layer("S6 Linear(256, 10)", lambda nn: nn.Linear(256, 10), torch.rand(100, 256)),
-    Layer("S6 all in Sequential", _mlp, torch.rand(100, 784)),
-    Layer("S6 CrossEntropyLoss", lambda nn: nn.CrossEntropyLoss(), torch.randn(100, 10), torch.randint(10, (100,))),
-)
+LAYERS = {
+    layer.name: layer
+    for layer in (
+        Layer("S1 Linear(3, 1)", lambda nn: nn.Linear(3, 1), torch.rand(64, 3)),
+        Layer("S1 Sigmoid", lambda nn: nn.Sigmoid(), torch.randn(64, 1)),
+        Layer("S1 both in Sequential", lambda nn: nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()), torch.rand(64, 3)),
+        Layer("S1 BCELoss", lambda nn: nn.BCELoss(), torch.rand(64, 1), torch.rand(64, 1)),
+        Layer("S1 BCEWithLogitsLoss", lambda nn: nn.BCEWithLogitsLoss(), torch.randn(64, 1), torch.rand(64, 1)),
+        Layer("S6 Linear(784, 256)", lambda nn: nn.Linear(784, 256), torch.rand(100, 784)),
+        Layer("S6 ReLU", lambda nn: nn.ReLU(), torch.randn(100, 256)),
+        Layer("S6 Linear(256, 10)", lambda nn: nn.Linear(256, 10), torch.rand(100, 256)),
+        Layer("S6 all in Sequential", _mlp, torch.rand(100, 784)),
+        Layer("S6 CrossEntropyLoss", lambda nn: nn.CrossEntropyLoss(), torch.randn(100, 10), torch.randint(10, (100,))),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,13 @@ def rows(request):
 
 
 @pytest.mark.parametrize("phase", ["forward", "both"])
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name.replace(" ", "-"))
-def test_module_call(layer, phase, rows, benchmark):
+@pytest.mark.parametrize("name", LAYERS, ids=lambda name: name.replace(" ", "-"))
+def test_module_call(name, phase, rows, turns, setting, benchmark):
+    layer = LAYERS[name]
     calls = layer.calls(phase)
+    benchmark.group = f"fallback {phase}"
     with torch.set_grad_enabled(phase == "both"), fusedact.use_backend("auto"):
-        timings = timed(calls, TURNS)
-        benchmark.pedantic(calls["fusedact"], rounds=20, iterations=10)
+        timings = timed(calls, turns)
+        benchmark.pedantic(calls["fusedact"], rounds=min(turns, 20), iterations=10)
     rows[layer.name, phase] = timings
-    benchmark.extra_info |= {name: asdict(timing) for name, timing in timings.items()}
+    benchmark.extra_info |= setting.info | {name: asdict(timing) for name, timing in timings.items()}

@@ -22,11 +22,9 @@ from triton.runtime import JITFunction
 
 import fusedact
 from bench.codegen import Offline
-from bench.turns import reported, timed
+from bench.turns import TURNS, reported, timed
 from fusedact import backend, functional
 from fusedact.kernels import launch
-
-TURNS = 400
 
 x, weight, bias = torch.rand(64, 3), torch.rand(1, 3), torch.rand(1)
 images, filters, slopes = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), torch.rand(4)
@@ -104,13 +102,15 @@ def rows(request):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_launch_cost(name, rows, benchmark, monkeypatch):
+def test_launch_cost(name, rows, turns, setting, benchmark, monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     input = INPUTS.get(name.split()[0], logits).clone().requires_grad_()
     with fusedact.use_backend("triton"), noted() as launches:
         CASES[name](input).sum().backward()
     for kernel, made in launches.items():
         ways = {"Triton": made.by_triton, "launch": made.by_launch, "again": made.by_triton}
-        rows[name, kernel] = timed(ways, TURNS)
+        rows[name, kernel] = timed(ways, turns)
         benchmark.extra_info[kernel] = {way: asdict(timing) for way, timing in rows[name, kernel].items()}
-    benchmark.pedantic(made.by_launch, rounds=20, iterations=10)
+    benchmark.group = "launch"
+    benchmark.extra_info |= setting.info
+    benchmark.pedantic(made.by_launch, rounds=min(turns, 20), iterations=10)

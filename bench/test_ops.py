@@ -1,63 +1,87 @@
-"""pytest bench --benchmark-only: every op and phase, stock and fused, on the wall; on a CPU the small cases.
+"""pytest bench/test_ops.py: every op, phase and contender of the cases table; on a CPU of the cases of its size.
 
-Interleaved rounds and device time are bench/gpu.py's; this is for a look at one op and for --benchmark-compare.
+A case is first compared with float64, and fails where it is wrong; then all contenders are timed in turn, once for
+each phase. What pytest-benchmark shows are those samples. extra_info: what the case is, and its `figures`.
 """
-
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from fusedact.profiling.cases import CASES
-from fusedact.profiling.contenders import contenders, output_gradient
-from fusedact.profiling.ops import OPS, work
+from bench.replay import by_replay, replay
+from bench.setting import THREADS, Setting
+from fusedact.profiling.cases import Case, by_name
+from fusedact.profiling.choosing import cases_for
+from fusedact.profiling.figures import contenders_of, described, figures, samples
+from fusedact.profiling.measure import Prepared, prepare
+from fusedact.profiling.ops import OPS
+from fusedact.profiling.peers import PEERS
+from fusedact.profiling.timing import undisturbed
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = 1.5e8  # FLOPs and bytes, forward with backward
-CHOSEN = [
-    case
-    for case in CASES
-    if DEVICE == "cuda" or (case.dtype == "float32" and max(asdict(work(case, "both")).values()) < SMALL)
-]
-
-
-@pytest.fixture(autouse=True)
-def surroundings():
-    """One thread on a CPU, and torch's settings as they were."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    if DEVICE == "cpu":
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
+OURS = ("stock", "compile", "fusedact")
+CASES = cases_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=True)
-@pytest.mark.parametrize("contender", ["stock", "fusedact"])
-@pytest.mark.parametrize(
-    ("case", "phase"),
-    [
-        pytest.param(case, phase, id=f"{case.name.replace(' ', '-')}-{phase}")
-        for case in CHOSEN
+class Measured:
+    """A case is prepared once for its phases, a phase timed once for its contenders; the last case alone is kept."""
+
+    def __init__(self, setting: Setting, announce) -> None:
+        self.setting, self.announce = setting, announce
+        self.prepared: Prepared | None = None
+        self.phases: dict[str, dict] = {}
+
+    def of(self, case: Case, phase: str) -> dict:
+        """As measure_case has it, of this phase."""
+        if self.prepared is None or self.prepared.case is not case:
+            self.prepared, self.phases = None, {}
+            self.announce(case.name)
+            with undisturbed(self.setting.device, THREADS):
+                self.prepared = prepare(
+                    case, self.setting.device, self.setting.effort, "default", PEERS.get(case.op, {})
+                )
+        if self.prepared.result["verdict"] != "wrong" and phase not in self.phases:
+            with undisturbed(self.setting.device, THREADS):
+                self.phases[phase] = self.prepared.timed(phase)
+        return self.prepared.result | {"phases": self.phases}
+
+
+def chosen(smoke: bool) -> dict[str, Case]:
+    """By name; in a smoke run the last of each op, tiny."""
+    return by_name({case.op: case for case in CASES}.values() if smoke else CASES, smoke)
+
+
+@pytest.fixture(scope="module")
+def cases(setting) -> dict[str, Case]:
+    return chosen(setting.smoke)
+
+
+@pytest.fixture(scope="module")
+def measured(setting, announce) -> Measured:
+    return Measured(setting, announce)
+
+
+def pytest_generate_tests(metafunc):
+    rows = [
+        pytest.param(name, phase, contender, id=f"{name}-{phase}-{contender}".replace(" ", "-"))
+        for name, case in chosen(metafunc.config.option.smoke).items()
         for phase in OPS[case.op].phases
-    ],
-)
-def test_op(case, phase, contender, benchmark):
-    torch.set_float32_matmul_precision(case.precision)
-    with torch.device(DEVICE):
-        run = contenders(case, seed=0)[contender]
-    call = run.call(phase, output_gradient(run.forward().detach()))
+        for contender in (*OURS, *PEERS.get(case.op, ()))
+    ]
+    metafunc.parametrize(("name", "phase", "contender"), rows)
 
-    def finished():
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = f"{case.op} {phase}"
-    benchmark.extra_info |= {
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} thread",
-        **asdict(work(case, phase)),
-    }
-    benchmark(finished)
+@by_replay
+def test_op(name, phase, contender, cases, measured, setting, benchmark):
+    case = cases[name]
+    limits = setting.ceilings_with(case.matrix_rate)
+    try:
+        result = measured.of(case, phase)
+    except MemoryError as error:
+        pytest.skip(str(error))
+    if result["verdict"] == "wrong":
+        pytest.fail(f"wrong, errors {result['errors']}")
+    if contender in result["without"]:
+        pytest.skip(result["without"][contender])
+    if contender not in contenders_of(result, phase):
+        pytest.skip("it makes gradients in forward, so that a backward alone says nothing")
+    info = described(case, phase, contender) | setting.info | figures(result, phase, contender, limits)
+    replay(benchmark, f"{case.op} {phase}", samples(result, phase, contender), info)

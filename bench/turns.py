@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 Call = Callable[[], object]
+TURNS, SMOKE_TURNS = 400, 2
 BLOCK = 0.5e-3  # seconds that the first contender's block aims at
 
 
@@ -66,12 +67,15 @@ def _timing(own: list[float], first: list[float]) -> Timing:
 @contextmanager
 def reported(request: pytest.FixtureRequest, title: str, heads: tuple[str, ...]) -> Iterator[Rows]:
     """What is timed meanwhile, on one thread, and its table at the end."""
+    if request.config.option.smoke:
+        title = f"SMOKE, no figures. {title}"
     threads, rows = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     yield rows
     torch.set_num_threads(threads)
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        _table(title, rows, heads)
+        if rows:
+            _table(title, rows, heads)
 
 
 def _table(title: str, rows: Rows, heads: tuple[str, ...]) -> None:

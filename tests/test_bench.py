@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedact.profiling import cases, contenders, measure, ops, peers, timing
+
 ROOT = Path(__file__).parents[1]
 
 SECTIONS = ("tests", "ceilings", "fits", "ops", "peers", "steps", "autotuned", "interpreted")
@@ -174,9 +176,7 @@ def test_others_stand_beside_ours(bench):
     assert report.failures(record) == ["synthetic op, both: missed: torch's chunks 0.800"]
 
 
-def test_what_is_not_there_or_fails_is_left_out(bench, monkeypatch):
-    measure, cases, peers, timing = (bench(name) for name in ("measure", "cases", "peers", "timing"))
-
+def test_what_is_not_there_or_fails_is_left_out(monkeypatch):
     def absent(case):
         raise ImportError("no such package")
 
@@ -200,14 +200,13 @@ def test_what_is_not_there_or_fails_is_left_out(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "shape"), [("cross_entropy", (7, 5)), ("linear_cross_entropy", (7, 3, 5)), ("linear_bce", (7, 3))]
 )
-def test_the_truth_of_a_loss_is_its_pieces(bench, monkeypatch, op, shape):
-    measure, case = bench("measure"), bench("cases").Case(op, shape, "float32")
-    table = bench("ops").OPS[op]
+def test_the_truth_of_a_loss_is_its_pieces(monkeypatch, op, shape):
+    case, table = cases.Case(op, shape, "float32"), ops.OPS[op]
     x, target = table.inputs(case)
     stock = table.module(torch.nn, case)
     x.requires_grad_(table.input_gradient)
     wanted = tuple(t for t in (x, *stock.parameters()) if t.requires_grad)
-    run = bench("contenders").Contender(stock, (x, target), wanted)
+    run = contenders.Contender(stock, (x, target), wanted)
     whole = measure._truth(case, run, torch.ones(()))
     monkeypatch.setattr(measure, "PIECE", 10)
     pieces = measure._truth(case, run, torch.ones(()))

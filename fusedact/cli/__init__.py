@@ -1,22 +1,27 @@
-"""`fusedact train | compare | tune | fuse | info`."""
+"""`fusedact train | compare | bench | profile | plot | catalogue | tune | fuse | info`."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
+from fusedact.cli.benchmarks import bench
+from fusedact.cli.catalogue import catalogue
 from fusedact.cli.fusing import fuse
+from fusedact.cli.plotting import plot
+from fusedact.cli.profiling import profile
 from fusedact.cli.training import compare, train
 from fusedact.cli.tuning import info, tune
 
 app = typer.Typer(
-    help="The tutorials' programs on fused layers, on torch's own, or on both; what runs, and what is fastest; what is "
-    "fused of a model.",
+    help="The tutorials' programs on fused layers, on torch's own, or on both; ops timed, traced and drawn; what runs, "
+    "and what is fastest; what is fused of a model.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, tune, fuse, info):
+for command in (train, compare, bench, profile, catalogue, tune, fuse, info):
     app.command()(command)
+app.add_typer(plot, name="plot")
 
 
 def run(args: Sequence[str] | None) -> int:

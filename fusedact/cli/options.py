@@ -1,5 +1,8 @@
 """What commands share: the console, a device that can be reached, and what fused layers run there."""
 
+import re
+from collections.abc import Callable, Collection
+
 import torch
 import typer
 from rich.console import Console
@@ -18,6 +21,24 @@ def reachable(name: str) -> str:
         reason = str(error).partition("\n")[0]
         raise typer.BadParameter(f"{name}: {reason}") from error
     return name
+
+
+def one_of(names: Collection[str], what: str) -> Callable[[str], str]:
+    """A parser of options that takes these names."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise typer.BadParameter(f"unknown {what} {name!r}, expected one of {', '.join(names)}")
+        return name
+
+    return known
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """A shape, whose sizes have x between them."""
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text, re.ASCII) is None:
+        raise typer.BadParameter(f"{text!r}, expected sizes as 4096x1000")
+    return tuple(map(int, text.split("x")))
 
 
 def implementation(x: Tensor) -> str:

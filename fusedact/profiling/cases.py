@@ -15,7 +15,8 @@ class Case:
     shape: linear_act (M, N, K), linear_chain the same and a layer of K after it, convolution_act (batch, channels in,
         channels out, its sizes, kernel), gated (rows, features), fused_block, a gated block that fuse() was given,
         (rows, features, hidden features), of classes (rows, classes, ...), of yes and no
-        (elements,) or (rows, classes), of a head (rows, features, classes) or, of yes and no, (rows, features)
+        (elements,) or (rows, classes), of a head (rows, features, classes) or, of yes and no, (rows, features),
+        of an activation alone any
     precision: torch's float32 matmul precision
     chunk: the rows of logits that a head holds at once, None for its own choice
     threshold: the least ratio to stock eager, in device time of each phase and in wall time of both
@@ -161,6 +162,54 @@ CASES = (
     Case("convolution_act", (16, 50, 120, 28, 28, 7), "float32", "relu"),
     Case("convolution_act", (32, 80, 512, 3000, 3), "bfloat16", "gelu"),
     Case("convolution_act", (2, 32, 64, 64, 64, 64, 3), "bfloat16", "relu"),
+    Case("activation", (2**26,), "bfloat16", "tanhshrink"),
+    Case("activation", (2**26,), "float32", "tanhshrink"),
+    Case("activation", (2**26,), "bfloat16", "softsign"),
+    Case("activation", (2**26,), "float32", "softsign"),
+    Case("activation", (2**26,), "bfloat16", "squared_relu"),
+    Case("activation", (2**26,), "float32", "squared_relu"),
+    Case("activation", (2**26,), "bfloat16", "step"),
+    Case("activation", (2**26,), "float32", "step"),
+    Case("activation", (2**26,), "bfloat16", "logsigmoid"),
+    Case("activation", (2**26,), "float32", "logsigmoid"),
+    Case("activation", (2**26,), "bfloat16", "mish"),
+    Case("activation", (2**26,), "float32", "mish"),
+)
+
+# Of a size for a CPU, what CASES has in larger ones alone.
+SMALL = (
+    Case("linear_act", (128, 512, 512), "float32", "gelu"),
+    Case("linear_act", (128, 512, 512), "float32", "silu"),
+    Case("linear_act", (128, 512, 512), "float32", "tanh"),
+    Case("linear_chain", (128, 512, 512), "float32", "gelu"),
+    Case("convolution_act", (8, 16, 32, 28, 28, 3), "float32", "relu"),
+    Case("convolution_act", (8, 16, 32, 256, 3), "float32", "gelu"),
+    Case("convolution_act", (2, 8, 16, 8, 8, 8, 3), "float32", "relu"),
+    Case("cross_entropy", (512, 8192), "float32"),
+    Case("cross_entropy", (4, 21, 4096), "float32"),
+    Case("cross_entropy_grad_in_forward", (4096, 1000), "float32"),
+    Case("cross_entropy_smoothed", (1024, 1000), "float32"),
+    Case("cross_entropy_probabilities", (1024, 1000), "float32"),
+    Case("nll_loss", (4096, 1000), "float32"),
+    Case("softmax", (1024, 1000), "float32"),
+    Case("log_softmax", (1024, 1000), "float32"),
+    Case("bce_with_logits", (2**20,), "float32"),
+    Case("bce_with_logits_weighted", (1024, 1000), "float32"),
+    Case("bce", (2**20,), "float32"),
+    Case("multilabel_soft_margin", (1024, 1000), "float32"),
+    Case("linear_cross_entropy", (256, 128, 4096), "float32"),
+    Case("linear_cross_entropy", (256, 128, 4096), "float32", chunk=64),
+    Case("linear_bce", (4096, 1000), "float32"),
+    Case("gated", (1024, 1024), "float32", "silu"),
+    Case("fused_block", (128, 256, 512), "float32", "silu"),
+    Case("prelu", (1024, 1024), "float32"),
+    Case("activation", (2**20,), "float32", "tanhshrink"),
+    Case("activation", (2**20,), "float32", "softsign"),
+    Case("activation", (2**20,), "float32", "squared_relu"),
+    Case("activation", (2**20,), "float32", "step"),
+    Case("activation", (2**20,), "float32", "logsigmoid"),
+    Case("activation", (2**20,), "float32", "mish"),
+    Case("activation", (2**20,), "float32", "gelu"),
 )
 # fmt: on
 

@@ -1,11 +1,12 @@
 """What a device can do at most: bytes of a copy, FLOPs of a matrix product, measured."""
 
 import statistics
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 
-from fusedact.profiling.timing import Call, Effort, queued, thread
+from fusedact.profiling.timing import Call, Effort, host, queued
 
 COPY = "copy, GB/s"
 
@@ -26,13 +27,17 @@ def _matmul_tflops(dtype: torch.dtype, precision: str, device: torch.device, eff
 def _best(call: Call, device: torch.device, effort: Effort) -> float:
     """The median of the rounds, µs."""
     call()
-    sample = partial(thread, call, 3) if device.type == "cpu" else partial(queued, [call] * 3, 3)
+    sample = partial(host, call, 3) if device.type == "cpu" else partial(queued, [call] * 3, 3)
     return statistics.median(sample() for _ in range(effort.rounds))
 
 
-CEILINGS = {
+CEILINGS: dict[str, Callable[[torch.device, Effort], float]] = {
     COPY: copy_gbps,
     "bf16, TFLOP/s": partial(_matmul_tflops, torch.bfloat16, "highest"),
     "tf32, TFLOP/s": partial(_matmul_tflops, torch.float32, "high"),
     "fp32, TFLOP/s": partial(_matmul_tflops, torch.float32, "highest"),
 }
+
+
+def measured(names: Iterable[str], device: torch.device, effort: Effort) -> dict[str, float]:
+    return {name: CEILINGS[name](device, effort) for name in names}

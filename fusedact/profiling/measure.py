@@ -1,9 +1,11 @@
 """Measuring one thing at a time: a case, alone or beside others' kernels, a trainer's step. First right, then timed."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 from fusedact.profiling.cases import Case, Step
 from fusedact.profiling.contenders import Contender, contenders, output_gradient
 from fusedact.profiling.ops import OPS, work
-from fusedact.profiling.peers import PEERS
-from fusedact.profiling.timing import Call, Effort, seconds_of, timed
+from fusedact.profiling.peers import PEERS, Peer
+from fusedact.profiling.timing import FULL, INDUCTOR, Call, Effort, seconds_of, timed
 from fusedact.trainers import LAYERS, TRAINERS
 
 Sets = list[dict[str, Contender]]  # of inputs, each with who runs on it
@@ -23,44 +25,90 @@ HELD = 7  # times the bytes of a forward: inputs, everyone's saved tensors, stoc
 WRONG = 8  # times stock's error: such a kernel is not timed
 
 
-def measure_case(case: Case, device: torch.device, effort: Effort, compiling: str | None) -> dict:
-    """Errors against float64, then, unless the kernel is wrong, times and memory of each phase.
+@dataclass(frozen=True)
+class Prepared:
+    """A case whose contenders are built and compared with the truth; a wrong kernel's is not to be timed.
+
+    early: those whose gradients are made in forward, so that a backward alone says nothing of them.
+    result: the case's facts, errors and verdict; `without` says why a contender is left out.
+    """
+
+    case: Case
+    device: torch.device
+    effort: Effort
+    sets: Sets
+    dys: list[Tensor]
+    early: frozenset[str]
+    result: dict
+
+    def timed(self, phase: str) -> dict:
+        """Least bytes and FLOPs of the phase, and every contender's times."""
+        names = [name for name in self.sets[0] if phase != "backward" or name not in self.early]
+        pairs = list(zip(self.sets, self.dys, strict=True))
+        calls = {name: [runs[name].call(phase, dy) for runs, dy in pairs] for name in names}
+        return asdict(work(self.case, phase)) | timed(calls, self.device, self.effort)
+
+
+def prepare(
+    case: Case,
+    device: torch.device,
+    effort: Effort,
+    compiling: str | None = None,
+    peers: Mapping[str, Peer] = MappingProxyType({}),
+) -> Prepared:
+    """The case's contenders; their errors against float64.
 
     compiling: the mode in which torch.compile takes part.
     Raises MemoryError where the case does not fit the device.
     """
-    compiled = _compiled(case, device, compiling) if compiling else None
-    sets, dys = _sets(case, device, effort, compiled)
-    result = _facts(case, sets) | check(case, sets[0], dys[0])
-    if result["verdict"] == "wrong":
-        return result
-    if compiled is not None:
-        result["compile_s"] = seconds_of(sets[0]["compile"].call("both", dys[0]))
-    return result | {"phases": _phases(case, OPS[case.op].phases, sets, dys, device, effort)}
-
-
-def measure_peers(case: Case, device: torch.device, effort: Effort) -> dict:
-    """As measure_case, beside others' kernels in compile's place; `without` says why one of these is left out.
-
-    Most of them make gradients in forward, so that a backward alone says nothing.
-    """
-    found = PEERS[case.op]
-    sets, dys = _sets(case, device, effort, copies=sum(peer.overwrites for peer in found.values()))
+    compiled = _compiled(case, compiling, effort.compiler) if compiling else None
+    sets, dys = _sets(case, device, effort, compiled, copies=sum(peer.overwrites for peer in peers.values()))
     truth = _truth(case, sets[0]["stock"], dys[0])
     errors = {name: _errors(sets[0][name], dys[0], truth) for name in ("stock", "fusedact")}
     result = _facts(case, sets) | _verdict(case, errors, truth) | {"without": {}}
+    early = frozenset(name for name, peer in peers.items() if peer.early)
+    prepared = Prepared(case, device, effort, sets, dys, early, result)
     if result["verdict"] == "wrong":
-        return result
-    for name, peer in found.items():
-        try:
+        return prepared
+    if compiled is not None:
+        with _left_out(result["without"], "compile"):
+            result["compile_s"] = seconds_of(sets[0]["compile"].call("both", dys[0]))
+            errors["compile"] = _errors(sets[0]["compile"], dys[0], truth)
+        if "compile" in result["without"]:
+            for runs in sets:
+                del runs["compile"]
+    for name, peer in peers.items():
+        with _left_out(result["without"], name):
             errors[name] = _errors(peer.contender(case, sets[0]["stock"]), dys[0], truth)
-        except Exception as error:  # not installed, not of this torch, not for this device
-            result["without"][name] = f"{type(error).__name__}: {str(error)[:200]}"
-        else:
             for runs in sets:
                 runs[name] = peer.contender(case, runs["stock"])
+    return prepared
+
+
+@contextmanager
+def _left_out(without: dict[str, str], name: str) -> Iterator[None]:
+    """Notes why this contender cannot run: not installed, not of this torch, not for this device, no compiler."""
+    try:
+        yield
+    except Exception as error:
+        without[name] = f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def measure_case(case: Case, device: torch.device, effort: Effort, compiling: str | None) -> dict:
+    """Errors against float64, then, unless the kernel is wrong, times and memory of each phase."""
+    prepared = prepare(case, device, effort, compiling)
+    if prepared.result["verdict"] == "wrong":
+        return prepared.result
+    return prepared.result | {"phases": {phase: prepared.timed(phase) for phase in OPS[case.op].phases}}
+
+
+def measure_peers(case: Case, device: torch.device, effort: Effort) -> dict:
+    """As measure_case, beside others' kernels in compile's place, and without the backward alone."""
+    prepared = prepare(case, device, effort, peers=PEERS[case.op])
+    if prepared.result["verdict"] == "wrong":
+        return prepared.result
     phases = [phase for phase in OPS[case.op].phases if phase != "backward"]
-    return result | {"phases": _phases(case, phases, sets, dys, device, effort)}
+    return prepared.result | {"phases": {phase: prepared.timed(phase) for phase in phases}}
 
 
 def _sets(
@@ -86,21 +134,11 @@ def _facts(case: Case, sets: Sets) -> dict:
     return asdict(case) | {"matrix_rate": case.matrix_rate, "sets": len(sets), "gradient_bytes": gradients}
 
 
-def _phases(
-    case: Case, phases: Iterable[str], sets: Sets, dys: list[Tensor], device: torch.device, effort: Effort
-) -> dict[str, dict]:
-    found = {}
-    for phase in phases:
-        calls = {name: [runs[name].call(phase, dy) for runs, dy in zip(sets, dys, strict=True)] for name in sets[0]}
-        found[phase] = asdict(work(case, phase)) | timed(calls, device, effort)
-    return found
-
-
 def warm_case(case: Case, device: torch.device) -> dict:
     """Seconds of the first call, forward with backward: what is compiled then, `measure_case` finds on disk."""
     torch.set_float32_matmul_precision(case.precision)
     with torch.device(device):
-        runs = contenders(case, 0, _compiled(case, device, "default"))
+        runs = contenders(case, 0, _compiled(case, "default", FULL.compiler))
     dy = output_gradient(runs["stock"].forward().detach())
     return {f"{name}_s": seconds_of(runs[name].call("both", dy)) for name in ("fusedact", "compile")}
 
@@ -163,12 +201,10 @@ def _in_turn(step: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor]]) 
     return lambda: step(*next(endless))
 
 
-def _compiled(case: Case, device: torch.device, mode: str) -> Callable[..., Tensor]:
+def _compiled(case: Case, mode: str, compiler: str) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # else the second shape would be compiled as a dynamic one
     torch._functorch.config.donated_buffer = False  # the backward alone runs many times on one graph
-    if device.type == "cpu":
-        return torch.compile(OPS[case.op].formula(case), backend="aot_eager")
-    return torch.compile(OPS[case.op].formula(case), mode=mode)
+    return torch.compile(OPS[case.op].formula(case), backend=compiler, mode=mode if compiler == INDUCTOR else None)
 
 
 def _set_count(case: Case, device: torch.device, effort: Effort) -> int:
@@ -204,6 +240,6 @@ def _truth(case: Case, stock: Contender, dy: Tensor) -> list[Tensor]:
 
 
 def _error(x: Tensor, truth: Tensor) -> float:
-    difference = torch.linalg.vector_norm(x.to(truth.dtype) - truth, dtype=torch.float64)
-    value = (difference / torch.linalg.vector_norm(truth, dtype=torch.float64)).item()
+    difference = torch.linalg.vector_norm(x.to(truth.dtype) - truth, dtype=torch.float64).item()
+    value = difference / (torch.linalg.vector_norm(truth, dtype=torch.float64).item() or 1.0)
     return value if math.isfinite(value) else math.inf

@@ -183,6 +183,32 @@ def _fused_block_work(hidden: int, products: int) -> Callable[[Case], Work]:
     return work
 
 
+class Alone(torch.nn.Module):
+    """function(x), of an activation that has no class."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _activation_module(nn: ModuleType, case: Case) -> torch.nn.Module:
+    activation = ACTIVATIONS[case.activation]
+    if activation.module is None:
+        fused = partial(functional.activate, activation=activation.name)
+        return Alone(activation.reference if nn is torch.nn else fused)
+    options = {} if activation.approximate is None else {"approximate": activation.approximate}
+    return getattr(nn, activation.module.__name__)(**dict(activation.defaults), **options)
+
+
+def _activation_formula(case: Case) -> Callable[..., Tensor]:
+    activation = ACTIVATIONS[case.activation]
+    parameters = activation.parameters({})
+    return lambda x: activation.reference(x, *parameters)
+
+
 def _loss_work(reads: int, writes: int, flops: int, label_bytes: int = 0) -> Callable[[Case], Work]:
     """Passes over the logits' shape and operations on each element, with a label a row."""
 
@@ -416,6 +442,13 @@ OPS = {
         formula=_fused_block_formula,
         forward=_fused_block_work(6, products=3),  # three writes, three reads
         backward=_fused_block_work(12, products=6),
+    ),
+    "activation": Op(
+        module=_activation_module,
+        inputs=lambda case: (_logits(case),),
+        formula=_activation_formula,
+        forward=_loss_work(1, 1, flops=4),  # softsign's, with |x|, and about as many as its derivative's
+        backward=_loss_work(2, 1, flops=4),
     ),
     "prelu": Op(
         module=lambda nn, case: nn.PReLU(case.shape[1]),

@@ -1,41 +1,99 @@
 """Calls timed against each other: on a GPU cold, as launched and on the wall; on a CPU the thread's time."""
 
+import ctypes
+import gc
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]  # takes one sample: µs a call
+Times = dict[str, dict[str, Any]]  # of each contender its median, 20 and 80 % points, and samples by round, in µs
 
+INDUCTOR = "inductor"
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's
 SHORT = 1e-3  # seconds: from here on a call's launches hide behind its own work
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds; seconds that a sample aims at; input sets at most; edge and elements of a ceiling's tensors."""
+    """Rounds; seconds that a sample aims at; input sets at most; edge and elements of a ceiling's tensors.
+
+    compiler: torch.compile's backend. epochs: of a trainer's run.
+    """
 
     rounds: int
     seconds: float
     sets: int
     edge: int
     elements: int
+    compiler: str = INDUCTOR
+    epochs: int = 5
 
 
 FULL = Effort(rounds=5, seconds=0.01, sets=128, edge=8192, elements=2**30)
-DRY = Effort(rounds=2, seconds=0.0005, sets=2, edge=64, elements=2**12)
+ON_CPU = Effort(rounds=15, seconds=0.01, sets=1, edge=1024, elements=2**24)
+DRY = Effort(rounds=2, seconds=0.0005, sets=2, edge=64, elements=2**12, compiler="aot_eager", epochs=1)
+
+
+def effort_on(device: torch.device, rounds: int | None = None) -> Effort:
+    effort = FULL if device.type == "cuda" else ON_CPU
+    return effort if rounds is None else replace(effort, rounds=rounds)
+
+
+@contextmanager
+def undisturbed(device: torch.device, threads: int) -> Iterator[None]:
+    """No collections, on a GPU a stream that is not the default, on a CPU so many of torch's threads.
+
+    Torch is then as it was. A collection inside a graph's capture would free what must not be freed there, and
+    capturing needs the stream.
+    """
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+            _keep_freed_memory()
+        with torch.cuda.stream(_stream(device)) if device.type == "cuda" else nullcontext():
+            yield
+            wait()
+    finally:
+        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
+        if collecting:
+            gc.enable()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: the allocator keeps each stream's memory for itself."""
+    return torch.cuda.Stream(device)
+
+
+def _keep_freed_memory() -> None:
+    """Else glibc returns large blocks to the system, and what fetching them again takes falls on any contender."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
 def timed(calls: dict[str, list[Call]], device: torch.device, effort: Effort) -> dict:
     """Every kind of time of every contender, each of whose calls takes another set of inputs.
 
-    On a CPU the thread's time. On a GPU the device's from a cold L2, a launch's between events, the wall's, and
-    the memory that a call takes.
+    On a CPU the thread's time, of several threads the wall's. On a GPU the device's from a cold L2, a launch's between
+    events, the wall's, and the memory that a call takes.
     """
     first = {name: each[0] for name, each in calls.items()}
     seconds = {name: _first_seconds(call) for name, call in first.items()}
@@ -45,33 +103,44 @@ def timed(calls: dict[str, list[Call]], device: torch.device, effort: Effort) ->
         return {name: partial(sample, call, counts[name]) for name, call in first.items()}
 
     if device.type == "cpu":
-        return {"times": {"cpu": _interleaved(samplers(thread, 1000), effort.rounds)}}
+        return {"times": {"cpu": interleaved(samplers(host, 1000), effort.rounds)}}
     method, cold = _cold(calls, max(seconds.values()), effort)
     return {
         "cold_by": method,
         "times": {
-            "cold": _interleaved(cold, effort.rounds),
-            "launched": _interleaved(samplers(_launched, 50), effort.rounds),
-            "wall": _interleaved(samplers(wall, 1000), effort.rounds),
+            "cold": interleaved(cold, effort.rounds),
+            "launched": interleaved(samplers(_launched, 50), effort.rounds),
+            "wall": interleaved(samplers(wall, 1000), effort.rounds),
         },
         "memory": {name: _memory(call) for name, call in first.items()},
     }
 
 
-def _interleaved(samplers: dict[str, Sampler], rounds: int) -> dict[str, dict[str, float]]:
-    """Median, 20 and 80 % points in µs. Each round gives everyone a turn, and stock, for the noise, another."""
+def interleaved(samplers: dict[str, Sampler], rounds: int) -> Times:
+    """Each round gives everyone a turn, and stock, for the noise, another; who begins changes from round to round."""
     samplers = samplers | {"again": samplers["stock"]}
-    samples = [{name: sample() for name, sample in samplers.items()} for _ in range(rounds)]
-    return {name: _spread([each[name] for each in samples]) for name in samplers}
+    names: list[str] = list(samplers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for at in range(len(names)):
+            name = names[(turn + at) % len(names)]
+            samples[name].append(samplers[name]())
+    return {name: spread(each) | {"samples": each} for name, each in samples.items()}
 
 
-def _spread(samples: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
-    return {"median": statistics.median(samples), "p20": low, "p80": high}
+def spread(numbers: list[float]) -> dict[str, float]:
+    low, *_, high = statistics.quantiles(numbers, n=5, method="inclusive")
+    return {"median": statistics.median(numbers), "p20": low, "p80": high}
 
 
-def thread(call: Call, count: int) -> float:
-    return _loop(call, count, time.thread_time)
+def ratios(times: Times, name: str) -> dict[str, float]:
+    """Stock's time over this one's, of each round: their median, 20 and 80 % points."""
+    pairs = zip(times["stock"]["samples"], times[name]["samples"], strict=True)
+    return spread([stock / own for stock, own in pairs])
+
+
+def host(call: Call, count: int) -> float:
+    return _loop(call, count, time.thread_time if torch.get_num_threads() == 1 else time.perf_counter)
 
 
 def wall(call: Call, count: int) -> float:
@@ -160,8 +229,9 @@ def _scratch() -> Tensor:
 
 
 def _first_seconds(call: Call) -> float:
+    """The least of three, after one: a sample made of few calls because one was interrupted would be noise."""
     call()
-    return seconds_of(call)
+    return min(seconds_of(call) for _ in range(3))
 
 
 def seconds_of(call: Call) -> float:
