@@ -15,7 +15,7 @@ from fusedact.profiling import cases, contenders, measure, ops, peers, timing
 
 ROOT = Path(__file__).parents[1]
 
-SECTIONS = ("tests", "ceilings", "fits", "ops", "peers", "steps", "autotuned", "interpreted")
+SECTIONS = ("tests", "ceilings", "fits", "ops", "peers", "steps", "profiles", "autotuned", "interpreted")
 FAKE_WORKER = """
 import json, os, sys
 job = json.loads(sys.argv[-1])

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusedact.activations import TABLE
 from fusedact.backend import uses_triton
-from fusedact.cli.options import console, one_of, reachable, sizes
+from fusedact.cli.options import Device, Threads, console, one_of, sizes
 from fusedact.profiling import ceilings
 from fusedact.profiling.cases import CASES, SMALL, Case
 from fusedact.profiling.choosing import cases_for
@@ -62,16 +62,6 @@ Epilogue = Annotated[
     Any, typer.Option("--activation", parser=one_of(ALONE, "activation"), metavar="NAME", help="Of --op at --shape.")
 ]
 Phase = Annotated[Any, typer.Option(parser=one_of(PHASES, "phase"), metavar="PHASE", help=", ".join(PHASES))]
-Device = Annotated[
-    str,
-    typer.Option(
-        parser=reachable,
-        metavar="DEVICE",
-        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-        show_default="cuda if there is one",
-    ),
-]
-Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU.")]
 Peers = Annotated[bool, typer.Option("--peers", help="Others' kernels too, of the packages that are installed.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile too, which takes seconds a case.")]
 Rounds = Annotated[

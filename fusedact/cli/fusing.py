@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,9 @@ import typer
 from torch import nn
 
 import fusedact
+from fusedact.cli.options import sizes
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64", "int64")}
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text, re.ASCII) is None:
-        raise typer.BadParameter(f"{text!r}, expected sizes as 1x3x224x224")
-    return tuple(map(int, text.split("x")))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -32,7 +26,7 @@ def _dtype(name: str) -> torch.dtype:
 Path = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function, a class or a model, by import path.")]
 Shapes = Annotated[
     list[Any] | None,
-    typer.Option("--input", parser=_shape, metavar="SHAPE", help="As 1x3x224x224; one for each argument."),
+    typer.Option("--input", parser=sizes, metavar="SHAPE", help="As 1x3x224x224; one for each argument."),
 ]
 Dtype = Annotated[
     Any,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection
+from typing import Annotated
 
 import torch
 import typer
@@ -47,3 +48,15 @@ def implementation(x: Tensor) -> str:
     except (RuntimeError, ValueError) as error:  # of FUSEDACT_BACKEND
         raise typer.BadParameter(str(error)) from error
     return f"fused layers run {kind}"
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        parser=reachable,
+        metavar="DEVICE",
+        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+        show_default="cuda if there is one",
+    ),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU; two stall on small networks.")]

@@ -11,8 +11,8 @@ import typer
 from rich.progress import Progress, track
 
 from fusedact import plotting
-from fusedact.cli.options import console
-from fusedact.cli.training import COLUMNS, Device, Name, Out, Threads
+from fusedact.cli.options import Device, Threads, console
+from fusedact.cli.training import COLUMNS, Name, Out
 from fusedact.data import write_whole
 from fusedact.plotting import activations as catalogue
 from fusedact.plotting import digits, surfaces

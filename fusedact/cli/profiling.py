@@ -1,7 +1,6 @@
 """`fusedact profile`: a trainer or an op under torch's profiler, stock and fused."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fusedact.activations import TABLE
-from fusedact.cli.options import console, implementation, reachable
+from fusedact.cli.options import Device, Threads, console, implementation, one_of, sizes
 from fusedact.profiling.rows import OTHER
 from fusedact.profiling.tracing import NAMES, PHASES, profile_unit, stages, unit_of
 
@@ -21,49 +20,23 @@ ACTIVATIONS = [activation.name for activation in TABLE if not activation.learned
 SHOWN = 20  # rows of a table; the files have all
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
-
-def _sizes(text: str) -> tuple[int, ...]:
-    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text, re.ASCII) is None:
-        raise typer.BadParameter(f"{text!r}, expected sizes as 4096x1000")
-    return tuple(map(int, text.split("x")))
-
-
-def _one_of(names: Any, what: str) -> Any:
-    def known(name: str) -> str:
-        if name not in names:
-            raise typer.BadParameter(f"unknown {what} {name!r}, expected one of {', '.join(names)}")
-        return name
-
-    return known
-
-
 Name = Annotated[str, typer.Argument(metavar="NAME", help=f"{' | '.join(NAMES)}, or a case by its name.")]
 Steps = Annotated[int, typer.Option(min=1, help="How many are recorded, after some that are not.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Of the traces.", show_default="runs/profile-NAME")]
-Device = Annotated[
-    str,
-    typer.Option(
-        parser=reachable,
-        metavar="DEVICE",
-        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-        show_default="cuda if there is one",
-    ),
-]
-Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU.")]
 Shape = Annotated[
-    Any, typer.Option(parser=_sizes, metavar="AxBx...", help="Of an op, as in the cases table: linear_act MxNxK.")
+    Any, typer.Option(parser=sizes, metavar="AxBx...", help="Of an op, as in the cases table: linear_act MxNxK.")
 ]
 Dtype = Annotated[
-    Any, typer.Option(parser=_one_of(DTYPES, "dtype"), metavar="DTYPE", help=f"Of an op: {', '.join(DTYPES)}.")
+    Any, typer.Option(parser=one_of(DTYPES, "dtype"), metavar="DTYPE", help=f"Of an op: {', '.join(DTYPES)}.")
 ]
 Activation = Annotated[
     Any,
     typer.Option(
-        parser=_one_of(ACTIVATIONS, "activation"), metavar="NAME", help="Of an op that has one: relu, gelu, ..."
+        parser=one_of(ACTIVATIONS, "activation"), metavar="NAME", help="Of an op that has one: relu, gelu, ..."
     ),
 ]
 Phase = Annotated[
-    Any, typer.Option(parser=_one_of(PHASES, "phase"), metavar="PHASE", help=f"Of an op: {', '.join(PHASES)}.")
+    Any, typer.Option(parser=one_of(PHASES, "phase"), metavar="PHASE", help=f"Of an op: {', '.join(PHASES)}.")
 ]
 WithProton = Annotated[bool, typer.Option(help="On a GPU: Triton's own profiler too.")]
 Nvtx = Annotated[bool, typer.Option("--nvtx", help="On a GPU: steps with NVTX ranges as well, for nsys or ncu.")]

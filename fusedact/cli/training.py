@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fusedact.cli.options import console, implementation, reachable
+from fusedact.cli.options import Device, Threads, console, implementation
 from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
 from fusedact.trainers.loop import PLAIN, TUTORIAL
 from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
@@ -94,16 +94,6 @@ OPTIONS = {  # of both commands: the fields of Settings that a user may give
         bool | None, typer.Option("--raw-pixels", help="Test MNIST on 0..255, as the tutorial does.")
     ],
 }
-Device = Annotated[
-    str,
-    typer.Option(
-        parser=reachable,
-        metavar="DEVICE",
-        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-        show_default="cuda if there is one",
-    ),
-]
-Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU; two stall on networks as small as these.")]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, metavar="EPOCHS", help="How often to save; every ten seconds if not given.")
 ]

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ import fusedact
 from fusedact import autograd, backend
 from fusedact.activations import TABLE, Activation, by_name
 from fusedact.autograd.linear import plan_of
-from fusedact.cli.options import console, implementation, reachable
+from fusedact.cli.options import console, implementation, one_of, reachable
 from fusedact.tuning import Chip, Problem
 from fusedact.tuning.candidates import HEAD, LIBRARY, RULE, candidates
 from fusedact.tuning.measure import Found, Layer, Way, tune_head
@@ -61,15 +61,6 @@ def _sizes(text: str) -> tuple[int, int, int]:
     return M, N, K
 
 
-def _one_of(names: Collection[str], what: str) -> Callable[[str], str]:
-    def known(name: str) -> str:
-        if name not in names:
-            raise typer.BadParameter(f"unknown {what} {name!r}, expected one of {', '.join(names)}")
-        return name
-
-    return known
-
-
 def _gpu(name: str) -> torch.device:
     """The device, if it is a GPU on which Triton runs."""
     device = torch.empty(0, device=reachable(name)).device
@@ -80,9 +71,9 @@ def _gpu(name: str) -> torch.device:
     return device
 
 
-_dtype = _one_of(DTYPES, "dtype")
-_activation = _one_of([activation.name for activation in TABLE if not activation.learned], "activation")
-_chip = _one_of(REFERENCE_CHIPS, "chip")
+_dtype = one_of(DTYPES, "dtype")
+_activation = one_of([activation.name for activation in TABLE if not activation.learned], "activation")
+_chip = one_of(REFERENCE_CHIPS, "chip")
 
 Shapes = Annotated[
     list[Any] | None,
