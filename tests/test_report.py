@@ -173,7 +173,7 @@ STALE = [
 ]
 
 
-@pytest.mark.parametrize(("record", "keys", "stale"), STALE, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("record", "keys", "stale"), STALE, ids=[f"{row[0]}, {row[1][-1]}" for row in STALE])
 def test_one_number_changed_is_found(copied, capsys, record, keys, stale):
     change(copied / "results" / record, *keys, by=1.5)
     assert run(copied, "--check") == 1
