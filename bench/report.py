@@ -15,16 +15,16 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import records, suite_tables  # noqa: E402  (found through the line above)
-from bench.profile_tables import totals as totals  # noqa: E402
-from bench.records import newest as newest  # noqa: E402
-from bench.rows import Row as Row  # noqa: E402
-from bench.rows import failures as failures  # noqa: E402
-from bench.rows import rows as rows  # noqa: E402
-from bench.tables import DRY as DRY  # noqa: E402
-from bench.tables import NO_RECORD as NO_RECORD  # noqa: E402
-from bench.tables import gpu_table  # noqa: E402
-from bench.tables import markdown as markdown  # noqa: E402
+from bench.reporting import records, suite_tables  # noqa: E402  (found through the line above)
+from bench.reporting.profile_tables import totals as totals  # noqa: E402
+from bench.reporting.records import newest as newest  # noqa: E402
+from bench.reporting.rows import Row as Row  # noqa: E402
+from bench.reporting.rows import failures as failures  # noqa: E402
+from bench.reporting.rows import rows as rows  # noqa: E402
+from bench.reporting.tables import DRY as DRY  # noqa: E402
+from bench.reporting.tables import NO_RECORD as NO_RECORD  # noqa: E402
+from bench.reporting.tables import gpu_table  # noqa: E402
+from bench.reporting.tables import markdown as markdown  # noqa: E402
 
 OPEN, CLOSE = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 SHORT, FULL = "suites-table", "suites-full"
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="beside it stands docs/")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     args = parser.parse_args(argv)
-    from bench import pictures  # and with it torch, which bench/gpu.py leaves to its workers
+    from bench.reporting import pictures  # and with it torch, which bench/gpu.py leaves to its workers
 
     docs = args.readme.parent / "docs"
     images = docs / "images"

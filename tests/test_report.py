@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench import pictures, records, report, suite_tables, timed
+from bench import report
+from bench.reporting import pictures, records, suite_tables, timed
 
 OPS = (  # op, case, {phase: (stock µs, {contender: (ratio, low, high)})}
     ("linear_act", "linear_act relu 64x1x3 float32", {"forward": (10.0, {"fusedact": (1.01, 0.99, 1.03)})}),

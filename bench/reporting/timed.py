@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.rows import fits
+from bench.reporting.rows import fits
 
 WHOLE = ("step", "run")  # a trainer's phases
 

@@ -1,6 +1,6 @@
 """Tables of what profilers saw of a step, stock and fused, in a GPU's record."""
 
-from bench.markdown import grid
+from bench.reporting.markdown import grid
 
 SHOWN = 8  # operations of a step, the longest first
 WIDEST = 60  # characters of a kernel's name, which C++ makes hundreds of

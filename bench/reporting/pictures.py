@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from bench import records
 from bench.memory import LOSSES, units
-from bench.suite_tables import suite_source
-from bench.tables import gpu_source
-from bench.timed import WHOLE, Timed, of_gpu, of_suites
+from bench.reporting import records
+from bench.reporting.suite_tables import suite_source
+from bench.reporting.tables import gpu_source
+from bench.reporting.timed import WHOLE, Timed, of_gpu, of_suites
 from fusedact.plotting import charts
 
 DIGEST = "Digest"  # the key of a PNG's text

@@ -2,9 +2,9 @@
 
 from statistics import geometric_mean
 
-from bench.markdown import grid
-from bench.records import SUITES
-from bench.timed import Timed, of_suites
+from bench.reporting.markdown import grid
+from bench.reporting.records import SUITES
+from bench.reporting.timed import Timed, of_suites
 
 COMMAND = f"python -m pytest bench --benchmark-json=bench/results/{SUITES}"
 NO_RECORD = "No record of the suites yet."

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from bench.markdown import grid
-from bench.profile_tables import LEGEND as PROFILES_LEGEND
-from bench.profile_tables import profile_table, profiles, totals
-from bench.records import newest
-from bench.rows import CHUNKS, Row, failures, fits, rows
+from bench.reporting.markdown import grid
+from bench.reporting.profile_tables import LEGEND as PROFILES_LEGEND
+from bench.reporting.profile_tables import profile_table, profiles, totals
+from bench.reporting.records import newest
+from bench.reporting.rows import CHUNKS, Row, failures, fits, rows
 
 NO_RECORD = "No GPU record yet."
 DRY = "no GPU, tiny shapes, the fallback instead of kernels. None of these are figures."

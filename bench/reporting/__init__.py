@@ -1,0 +1,1 @@
+"""Records of bench/results as tables and charts, for bench/report.py."""
