@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest lint bench bench-gpu docs
+.PHONY: demo test test-exhaustive test-oldest lint bench bench-gpu docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -37,6 +37,13 @@ bench-gpu: $(VENV)/ready
 # Warnings are errors. The variable silences the theme's notice of its maintenance, which mkdocs itself does not count.
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# Those of docs/images that show the package alone; tests/test_pictures.py finds one that no longer does.
+pictures: $(VENV)/ready
+	$(VENV)/bin/python -m fusedact plot activations --out runs/pictures --dpi 100
+	cp runs/pictures/activations.png docs/images
+	$(VENV)/bin/python -m fusedact plot losses --out docs/images --dpi 100
+	$(VENV)/bin/python -m fusedact plot xor --device cpu --out docs/images
 
 # Each environment is made once, and again when what it is made from changes.
 define make_venv

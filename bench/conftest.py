@@ -1,11 +1,15 @@
 """The suites' options and setting, a line for each measurement, the machine in pytest-benchmark's JSON."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.setting import SETTING, Setting
 from bench.turns import SMOKE_TURNS, TURNS
 from fusedact.profiling.timing import DRY, FULL, ON_CPU, effort_on
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser):
@@ -49,7 +53,17 @@ def announce(request):
 
 def pytest_benchmark_generate_machine_info(config):
     setting = config.stash[SETTING]
-    return setting.machine | {"ceilings": setting.ceilings}
+    arguments = [_without_place(str(argument)) for argument in config.invocation_params.args]
+    return setting.machine | {"arguments": arguments, "ceilings": setting.ceilings}
+
+
+def _without_place(argument: str) -> str:
+    """A path of this machine, alone or after an option's =, within the repository or as its last name."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if path.is_absolute():
+        value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return option + equals + value
 
 
 def pytest_benchmark_compare_machine_info(machine_info, compared_benchmark):

@@ -176,7 +176,7 @@ SECTIONS = (
     Section("ops", ops, 0.43),
     Section("peers", peers, 0.12),
     Section("steps", steps, 0.10),
-    Section("profiles", profiles, 0.06),
+    Section("profiles", profiles, 0.12),
     Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
 )
@@ -333,7 +333,7 @@ def _run(run: Run, chosen: list[Section], budget: float, folder: Path) -> Path |
     run.record |= {
         "kind": "gpu",
         "dry": run.dry,
-        "date": datetime.now().isoformat(timespec="minutes"),
+        "date": datetime.now().isoformat(timespec="seconds"),
         "commit": _commit(),
         "budget": budget,
         "machine": machine | {"state": _smi()},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedact.profiling import ceilings
-from fusedact.profiling.machine import machine
+from fusedact.profiling.machine import machine, processor
 from fusedact.profiling.timing import Effort, undisturbed
 
 THREADS = 1  # of torch on a CPU
@@ -31,6 +31,11 @@ class Setting:
     def info(self) -> dict:
         """What any benchmark's extra_info has of it."""
         return {key: self.machine[key] for key in ("device", "threads", "smoke") if key in self.machine}
+
+    @property
+    def host_info(self) -> dict:
+        """As info, of what a CPU's thread is timed at, whatever the device."""
+        return self.info | {"device": processor()}
 
     def ceilings_with(self, rate: str | None) -> dict[str, float]:
         """The ceilings, that of a copy and this one among them."""

@@ -163,4 +163,4 @@ def test_attachment(name, phase, rows, turns, setting, benchmark, monkeypatch):
         timings = timed(calls, turns)
         benchmark.pedantic(calls["fusedact"], rounds=min(turns, 20), iterations=10)
     rows[case.name, phase] = timings
-    benchmark.extra_info |= setting.info | {name: asdict(timing) for name, timing in timings.items()}
+    benchmark.extra_info |= setting.host_info | {name: asdict(timing) for name, timing in timings.items()}

@@ -83,4 +83,4 @@ def test_module_call(name, phase, rows, turns, setting, benchmark):
         timings = timed(calls, turns)
         benchmark.pedantic(calls["fusedact"], rounds=min(turns, 20), iterations=10)
     rows[layer.name, phase] = timings
-    benchmark.extra_info |= setting.info | {name: asdict(timing) for name, timing in timings.items()}
+    benchmark.extra_info |= setting.host_info | {name: asdict(timing) for name, timing in timings.items()}

@@ -4,6 +4,9 @@ A case is first compared with float64, and fails where it is wrong; then all con
 each phase. What pytest-benchmark shows are those samples. extra_info: what the case is, and its `figures`.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import torch
 
@@ -18,30 +21,50 @@ from fusedact.profiling.peers import PEERS
 from fusedact.profiling.timing import undisturbed
 
 OURS = ("stock", "compile", "fusedact")
+T = TypeVar("T")
 CASES = cases_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class Measured:
-    """A case is prepared once for its phases, a phase timed once for its contenders; the last case alone is kept."""
+    """A case is prepared once for its phases, a phase timed once for its contenders; the last case alone is kept.
+
+    What failed is not tried again: its exception is raised for each phase or contender that asks.
+    """
 
     def __init__(self, setting: Setting, announce) -> None:
         self.setting, self.announce = setting, announce
-        self.prepared: Prepared | None = None
-        self.phases: dict[str, dict] = {}
+        self.case: Case | None = None
+        self.prepared: Prepared | Exception | None = None
+        self.phases: dict[str, dict | Exception] = {}
 
     def of(self, case: Case, phase: str) -> dict:
         """As measure_case has it, of this phase."""
-        if self.prepared is None or self.prepared.case is not case:
-            self.prepared, self.phases = None, {}
+        device, effort = self.setting.device, self.setting.effort
+        if self.case is not case:
+            self.case, self.prepared, self.phases = case, None, {}
             self.announce(case.name)
+            self.prepared = self._tried(lambda: prepare(case, device, effort, "default", PEERS.get(case.op, {})))
+        prepared = _given(self.prepared)
+        if prepared.result["verdict"] == "wrong":
+            return prepared.result
+        if phase not in self.phases:
+            self.phases[phase] = self._tried(lambda: prepared.timed(phase))
+        return prepared.result | {"phases": {phase: _given(self.phases[phase])}}
+
+    def _tried(self, measuring: Callable[[], T]) -> T | Exception:
+        try:
             with undisturbed(self.setting.device, THREADS):
-                self.prepared = prepare(
-                    case, self.setting.device, self.setting.effort, "default", PEERS.get(case.op, {})
-                )
-        if self.prepared.result["verdict"] != "wrong" and phase not in self.phases:
-            with undisturbed(self.setting.device, THREADS):
-                self.phases[phase] = self.prepared.timed(phase)
-        return self.prepared.result | {"phases": self.phases}
+                return measuring()
+        except MemoryError as error:
+            return MemoryError(str(error))  # without the frames, whose tensors would stay
+        except Exception as error:
+            return error
+
+
+def _given(found: T | Exception) -> T:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def chosen(smoke: bool) -> dict[str, Case]:

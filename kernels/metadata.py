@@ -30,18 +30,31 @@ def distinct_bytes(t: torch.Tensor) -> int:
 
 
 def told(
-    module: str, flops: Callable[[dict[str, Any]], int] | None = None, untouched: tuple[str, ...] = ()
+    module: str,
+    flops: Callable[[dict[str, Any]], int] | None = None,
+    untouched: tuple[str, ...] = (),
+    visited: Callable[[dict[str, Any]], tuple[int, tuple[torch.Tensor, ...]]] | None = None,
 ) -> Callable[..., dict[str, Any]]:
     """launch_metadata of a kernel of that module: each tensor is moved once, but for those that may be `untouched`.
 
-    flops(args) counts by the arguments' names, and is told by the width of the first floating-point one.
+    flops(args) counts by the arguments' names, and is told by the width of the first floating-point one. visited(args)
+    gives visits and tensors of which a row is moved a visit. Of what cannot be told that way, the kernel's name alone.
     """
 
     def metadata(grid: tuple, compiled: Any, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return counted(compiled.name, args)
+        except Exception:  # whatever the arguments are: no launch may fail since a profiler asks about it
+            return {"name": compiled.name}
+
+    def counted(kernel: str, args: dict[str, Any]) -> dict[str, Any]:
         tensors = {name: [*tensors_in(arg)] for name, arg in args.items() if name not in SHARED}
         given = [t for some in tensors.values() for t in some]
         moved = sum(distinct_bytes(t) for name, some in tensors.items() if name not in untouched for t in some)
-        found = {"name": f"{_name(module, compiled.name)} {_sizes(args, given)}", "bytes": moved}
+        if visited is not None:
+            visits, data = visited(args)
+            moved += sum(visits * distinct_bytes(t[0]) - distinct_bytes(t) for t in data)
+        found = {"name": f"{_name(module, kernel)} {_sizes(args, given)}", "bytes": moved}
         if flops is not None:
             width = 8 * next(t.element_size() for t in given if t.is_floating_point())
             found[f"flops{width}"] = flops(args)
@@ -70,7 +83,7 @@ def product_flops(args: dict[str, Any]) -> int:
 
 def flops_each(argument: str, count: int) -> Callable[[dict[str, Any]], int]:
     """So many for each element of that argument."""
-    return lambda args: count * args[argument].numel()
+    return lambda args: count * next(tensors_in(args[argument])).numel()
 
 
 def training_flops(visits: int, layers: list[tuple[int, int]]) -> int:

@@ -104,12 +104,16 @@ def _weight_tiles(layers, config):
     return sum(cdiv(layer.outputs, config.height) * cdiv(layer.inputs, config.width) for layer in layers)
 
 
+def _visited(args):
+    return args["run"].order.numel(), (args["run"].x, args["run"].y)
+
+
 def _flops(args):
     layers = [(layer.inputs.value, layer.outputs.value) for layer in args["layers"]]
-    return training_flops(args["run"].order.numel(), layers)
+    return training_flops(_visited(args)[0], layers)
 
 
-@triton.jit(do_not_specialize=["steps"], launch_metadata=told(__name__, _flops))
+@triton.jit(do_not_specialize=["steps"], launch_metadata=told(__name__, _flops, visited=_visited))
 def _train_kernel(
     counter_ptr,  # (1,)
     failed_ptr,  # (1,)

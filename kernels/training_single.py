@@ -52,11 +52,17 @@ def fits(config: Tile) -> bool:
     return block_k <= 64 and block_c * block_k <= 1024 and block_b * (block_k + block_c) <= 10240
 
 
+def _visited(args):
+    return args["order_ptr"].numel(), (args["x_ptr"], args["y_ptr"])
+
+
 def _flops(args):
-    return training_flops(args["order_ptr"].numel(), [(args["INPUTS"], args["OUTPUTS"])])
+    return training_flops(_visited(args)[0], [(args["INPUTS"], args["OUTPUTS"])])
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "P", "polls"], launch_metadata=told(__name__, _flops))
+@triton.jit(
+    do_not_specialize=["steps", "batch", "P", "polls"], launch_metadata=told(__name__, _flops, visited=_visited)
+)
 def _train_kernel(
     x_ptr,  # (rows, INPUTS)
     y_ptr,  # (rows, OUTPUTS) or, of labels, (rows,)

@@ -37,12 +37,16 @@ def fits(layers, batch, rule):
     return batch <= MOST_ROWS and parameters + cdiv(batch, LANES) * of_a_row <= MOST_NUMBERS
 
 
+def _visited(args):
+    return args["losses_ptr"].numel() * args["batch"], (args["x_ptr"], args["y_ptr"])  # networks may share an order
+
+
 def _flops(args):
     layers = [(layer.inputs.value, layer.outputs.value) for layer in args["layers"]]
-    return training_flops(args["losses_ptr"].numel() * args["batch"], layers)  # networks may share an order
+    return training_flops(_visited(args)[0], layers)
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "stride_on"], launch_metadata=told(__name__, _flops))
+@triton.jit(do_not_specialize=["steps", "batch", "stride_on"], launch_metadata=told(__name__, _flops, visited=_visited))
 def _train_kernel(
     x_ptr,  # (rows, inputs)
     y_ptr,  # (rows, outputs) or, of labels, (rows,)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,9 @@ def test_a_broken_section_and_a_dead_worker_leave_the_rest(bench, monkeypatch, t
     monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
     assert gpu.main(["--dry-run"]) == 1
     [path] = tmp_path.glob("fusedact-dry-run-*/*.json")
-    sections = json.loads(path.read_text())["sections"]
+    record = json.loads(path.read_text())
+    sections = record["sections"]
+    assert len(record["date"]) == len("2000-01-01T00:00:00") and record["date"].replace(":", "") in path.name
     assert sections["tests"]["error"] == "ZeroDivisionError: as it happens"
     assert sections["ceilings"]["results"] == {"first": 1.0, "last": 1.0}
     assert "no such luck" in sections["ceilings"]["errors"]["deadly"]
@@ -172,7 +175,7 @@ def test_others_stand_beside_ours(bench):
     phases = {"both": {"times": {"cold": beside | {"Liger": {"median": 75.0}, "torch's chunks": {"median": 40.0}}}}}
     record["sections"]["peers"] = {"results": {"synthetic op": {"phases": phases}}}
     record["sections"]["peers"] |= {"seconds": 1.0, "limit": 2.0, "state": ""}
-    assert "| synthetic op | both | 50 | 2000 | 50% | 2.00 |  | 1.50 |  | 0.80 | 2 / 1 |" in report.markdown(record)
+    assert "| synthetic op | both | 50 | 2000 | 50% | 2.00 |  | 1.50 | 0.80 | 2 / 1 |" in report.markdown(record)
     assert report.failures(record) == ["synthetic op, both: missed: torch's chunks 0.800"]
 
 
@@ -241,6 +244,30 @@ def test_readme_table_comes_from_the_newest_record(bench, tmp_path):
 
     readme.write_text(text.replace("2.000", "3.000", 1))
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_the_repositorys_own_tables_and_charts_are_the_records(bench):
+    assert bench("report").main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("bench/test_ops.py", "bench/test_ops.py"),
+        (f"{ROOT}/bench/test_ops.py", "bench/test_ops.py"),
+        (f"--benchmark-json={ROOT}/bench/results/a.json", "--benchmark-json=bench/results/a.json"),
+        ("--benchmark-json=/home/someone/a.json", "--benchmark-json=a.json"),
+        ("/home/someone/a.json", "a.json"),
+        ("--rounds=25", "--rounds=25"),
+        ("cross_entropy and not 32000", "cross_entropy and not 32000"),
+    ],
+)
+def test_a_command_names_no_place_of_this_machine(bench, argument, kept):
+    config = SimpleNamespace(invocation_params=SimpleNamespace(args=[argument]), stash={})
+    conftest = bench("conftest")
+    config.stash[conftest.SETTING] = SimpleNamespace(machine={}, ceilings={"copy, GB/s": 1.0})
+    found = conftest.pytest_benchmark_generate_machine_info(config)
+    assert found == {"arguments": [kept], "ceilings": {"copy, GB/s": 1.0}}
 
 
 def test_a_readme_without_markers_is_refused(bench, tmp_path):

@@ -1,18 +1,20 @@
 """S9: the loss tutorial's printed values, its pairings on data against the usual wrong ones, and their pictures."""
 
 import csv
+import io
 import math
 import re
-from functools import partial
 from importlib import import_module
 from itertools import combinations
 
 import pytest
 import torch
+from rich.console import Console
 
 import fusedact
 from fusedact.__main__ import main
-from fusedact.catalogue import SNIPPETS, TASKS, compare, comparing, values
+from fusedact.catalogue import SNIPPETS, TASKS, Comparison, Outcome, Values, compare, comparing, values
+from fusedact.catalogue.comparing import Look
 from fusedact.plotting import losses
 
 # Tutorial 004's code from its first snippet to its last, one after the other as in its notebook.
@@ -66,6 +68,7 @@ loss = criterion(log_softmax, targets)
 print(f'NLLLoss with LogSoftmax: {loss.item():.2f}')
 """
 EVERY = [pytest.param(snippet, id=f"{snippet.tutorial}-{snippet.name}") for snippet in SNIPPETS]
+STATED = [param for param in EVERY if param.values[0].stated]
 PAIRS = [pytest.param(task, pairing, id=f"{task.name}-{pairing.name}") for task in TASKS for pairing in task.pairings]
 RIGHT = [param for param in PAIRS if param.values[1].right]
 REFUSED = {  # by stock
@@ -115,13 +118,13 @@ def test_is_as_the_text_states(snippet):
     assert values(snippet).is_as_stated is (True if snippet.stated else None)
 
 
-@pytest.mark.parametrize("snippet", EVERY)
+@pytest.mark.parametrize("snippet", STATED)
 def test_is_not_as_another_value_would_be(snippet):
-    """What holds of the value does not hold of one that is 1e-3 beside it, or of the int64 targets as floats."""
+    """What holds of the value does not hold of one 1e-3 beside it, floating then; of the vague one, of 1 more."""
     inputs = snippet.tensors("cpu", torch.float32)
     value = snippet.value(torch.nn, *inputs)
-    if snippet.stated and snippet.stated != "between 0 and 1":
-        assert not snippet.is_as_stated(torch.nn, value + 1e-3, *inputs)
+    beside = 1.0 if snippet.stated == "between 0 and 1" else 1e-3
+    assert not snippet.is_as_stated(torch.nn, value + beside, *inputs)
 
 
 @pytest.mark.parametrize("snippet", EVERY)
@@ -176,6 +179,21 @@ def test_a_step_through_kernels_is_stocks(task, pairing, triton_backend, device)
         assert ours[0] is stock[0] and (ours[1] == stock[1] or device == "cuda")
     else:
         assert ours == pytest.approx(stock, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "p", "y", "given"),
+    [
+        ("multi-label", [[0.9, 0.2], [0.6, 0.6], [0.5, 0.1]], [[1, 0], [1, 0], [1, 1]], [0.9, 0.8, 0.6, 0.4, 0.5, 0.1]),
+        ("multi-class", [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0, 0.5, 0.5]], [0, 1, 0], [0.7, 0.3, math.exp(-100)]),
+    ],
+)
+def test_score_of_three_rows(task, p, y, given):
+    """Of each the first row alone is right: of labels all must be; an impossible truth costs 100."""
+    [task] = [known for known in TASKS if known.name == task]
+    log_loss, accuracy = comparing._score(task, torch.tensor(p), torch.tensor(y))
+    assert log_loss == pytest.approx(-sum(map(math.log, given)) / len(given))
+    assert accuracy == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -280,15 +298,16 @@ def test_derivatives_drawn_are_the_formulas():
     assert slope.tolist() == pytest.approx([-1e12, -1e12, -4])
 
 
+@pytest.fixture(scope="module")
 def drawn(compared):
     return losses.figures() | {"course": losses.pairings(list(compared.values()))}
 
 
-def test_nothing_is_clipped_and_no_text_lies_on_another(compared):
+def test_nothing_is_clipped_and_no_text_lies_on_another(drawn):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    for name, figure in drawn(compared).items():
+    for name, figure in drawn.items():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         whole = figure.get_tightbbox(canvas.get_renderer())
@@ -305,28 +324,148 @@ def test_nothing_is_clipped_and_no_text_lies_on_another(compared):
             assert not box.overlaps(its), (name, one, other)
 
 
-def test_table_has_every_right_pairing():
-    texts = [text.get_text() for text in losses.figures()["losses-pairings"].axes[0].texts]
-    for param in RIGHT:
-        _, pairing = param.values
-        assert pairing.loss in texts and (pairing.output or "logits") in texts
-    assert texts.count("1 + 1") + texts.count("2 + 2") == len(RIGHT)
+def test_panels_draw_costs_and_derivatives(drawn):
+    for axes, panel in zip(drawn["losses"].axes, losses.PANELS, strict=False):
+        x = torch.linspace(*panel.span, losses.POINTS, dtype=torch.float64)
+        expected = [part.tolist() for line in panel.lines for part in losses.curve(line.cost, x)]
+        *lines, zero = axes.lines
+        assert [list(line.get_ydata()) for line in lines] == expected and list(zero.get_ydata()) == [0, 0]
+        assert axes.get_title("left") == panel.title
 
 
-def test_course_is_drawn_by_step(compared):
-    above, below = losses.pairings(list(compared.values())).axes[::3]
-    outcomes = [outcome for outcome in compared["binary"].outcomes if outcome.looks]
-    for line, outcome in zip(above.lines, outcomes, strict=False):
-        assert list(line.get_ydata()) == [look.log_loss for look in outcome.looks]
-    for line, outcome in zip(below.lines, outcomes, strict=False):
-        assert list(line.get_ydata()) == [look.accuracy for look in outcome.looks]
+def test_the_clamp_is_drawn_whole(drawn):
+    """-log p to 100, 1 / p to 1e12, from far below the clamps to EDGE from 1."""
+    costs, slopes = drawn["losses"].axes[-2:]
+    [cost], [slope] = costs.lines, slopes.lines
+    p = torch.from_numpy(cost.get_xdata())
+    assert (p[0].item(), 1 - p[-1].item()) == pytest.approx((1e-60, 1e-6), rel=1e-6)
+    assert cost.get_ydata() == pytest.approx((-p.log()).clamp(max=100).numpy())
+    assert slope.get_ydata() == pytest.approx((1 / p.clamp(min=1e-12)).numpy(), rel=1e-5)
+    for axes, most in ((costs, 100), (slopes, 1e12)):
+        assert axes.get_ylim()[0] < 1 < most < axes.get_ylim()[1]
+
+
+TABLE = [  # of the right pairings: task, output, loss, targets, launches
+    ("binary", "logits", "BCEWithLogitsLoss", "float32 (N, 1)", "1 + 1"),
+    ("", "Sigmoid", "BCELoss", "float32 (N, 1)", "2 + 2"),
+    ("multi-label", "logits", "MultiLabelSoftMarginLoss", "float32 (N, C)", "1 + 1"),
+    ("", "Sigmoid", "BCELoss", "float32 (N, C)", "2 + 2"),
+    ("", "logits", "BCEWithLogitsLoss", "float32 (N, C)", "1 + 1"),
+    ("multi-class", "logits", "CrossEntropyLoss", "int64 (N)", "1 + 1"),
+    ("", "LogSoftmax", "NLLLoss", "int64 (N)", "2 + 2"),
+    ("", "logits", "CrossEntropyLoss", "float32 (N, C)", "1 + 1"),
+    ("", "LogSoftmax", "CrossEntropyLoss", "int64 (N)", "2 + 2"),
+]
+
+
+def test_table_has_every_right_pairing(drawn):
+    *texts, note = [text.get_text() for text in drawn["losses-pairings"].axes[0].texts]
+    wide = len(losses.HEADS)
+    heads, *rows = [tuple(texts[i : i + wide]) for i in range(0, len(texts), wide)]
+    assert heads == losses.HEADS and note.startswith("Launches")
+    assert [row[:-1] for row in rows] == TABLE
+    assert [row[-1].replace("\n", " ") for row in rows] == [param.values[1].why for param in RIGHT]
+
+
+def test_course_is_drawn_by_step(drawn, compared):
+    for at, comparison in enumerate(compared.values()):
+        looks = [outcome.looks for outcome in comparison.outcomes if outcome.looks]
+        above, below = drawn["course"].axes[at::3]
+        for axes, kind, best in ((above, 2, comparison.best_log_loss), (below, 3, comparison.best_accuracy)):
+            *lines, grey = axes.lines
+            expected = [[[look[0], look[kind]] for look in course] for course in looks]
+            assert [line.get_xydata().tolist() for line in lines] == expected
+            assert list(grey.get_ydata()) == [best, best]
 
 
 # The command
 
+command = import_module("fusedact.cli.catalogue")
 
-def test_catalogue_prints_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(import_module("fusedact.cli.catalogue"), "compare_pairings", partial(compare, steps=20))
+
+@pytest.fixture
+def by_hand():
+    """Two right pairings, then two wrong ones, the worst first, and one that is refused; no number is there twice."""
+    right, also, wrong, worse, refused, *_ = TASKS[0].pairings
+
+    def ends(*last):
+        return [Look(0, 9.0, 8.0, 0.125), Look(300, *last)]
+
+    return Comparison(
+        TASKS[0],
+        [
+            Outcome(right, ends(0.25, 0.5, 0.9), 0.0),
+            Outcome(also, ends(0.2501, 0.501, 0.898), 2e-7),
+            Outcome(worse, ends(-1698.25, 5.0, 0.5), 1.0),
+            Outcome(wrong, ends(0.7, 1.0, 0.8925), 0.3),
+            Outcome(refused, [], math.nan, "RuntimeError: [no]"),
+        ],
+        0.45,
+        0.95,
+    )
+
+
+def cells(table):
+    return list(zip(*(column.cells for column in table.columns), strict=True))
+
+
+def test_comparison_table(by_hand):
+    table = command._comparison_table(by_hand)
+    assert cells(table) == [
+        ("[bold]right[/bold]", "", "", "", ""),
+        ("logits + BCEWithLogitsLoss", "0.25", "0.500", "90.0%", "0.0e+00"),
+        ("Sigmoid + BCELoss", "0.2501", "0.501", "89.8%", "2.0e-07"),
+        ("[bold]wrong[/bold]", "", "", "", ""),
+        ("Softmax + BCELoss", "-1698", "5.000", "50.0%", "1.0e+00"),
+        ("Sigmoid + BCEWithLogitsLoss", "0.7", "1.000", "89.2%", "3.0e-01"),
+        ("logits + BCELoss", "raises", "", "", ""),
+    ]
+    assert table.title == "binary: outputs 1, targets float32 (N, 1), decided by p ≥ 0.5"
+    assert table.caption.endswith("reach 0.450 and 95.0%.")
+
+
+def test_verdict(by_hand):
+    assert command._verdict(by_hand.outcomes) == (
+        "Right ones agree to 2.0e-07 in every probability; wrong ones' -log p is 2 to 10 times theirs. "
+        "As many rows right, to 1%, all the same: Sigmoid + BCEWithLogitsLoss."
+    )
+
+
+def test_snippet_table():
+    stock, ours, truth = (torch.tensor([0.5, last]) for last in (1.0, 1.25, 2.0))
+    found = Values(SNIPPETS[0], stock, ours, truth.double(), "stock [a]", "ours [a]", False)
+    assert cells(command._snippet_table([found])) == [
+        ("004", "[bold]sigmoid[/bold]: logits [2.0, -1.0, 0.5]", "", ""),
+        ("torch.nn", r"stock \[a]", "", "1.0e+00"),
+        ("fusedact.nn", r"ours \[a]", "2.5e-01", "7.5e-01"),
+        ("its text", "between 0 and 1 (DOES NOT HOLD)", "", ""),
+    ]
+
+
+@pytest.mark.parametrize("width", [34, 40, 60, 100])
+def test_numbers_are_whole_in_a_narrow_terminal(width, by_hand, monkeypatch):
+    """And names and what else was read off are not cut, though they go over several lines."""
+    narrow = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr(command, "console", narrow)
+    command._print_comparison(by_hand)
+    narrow.print(command._snippet_table([values(snippet) for snippet in SNIPPETS]))
+    out = narrow.file.getvalue()
+    words = re.split(r"[\s│┃]+", out)
+    for number in ("0.2501", "-1698", "5.000", "89.8%", "2.0e-07", "raises", "4.9e-08"):
+        assert number in words
+    assert "…" not in out and "RuntimeError: [no]" in " ".join(words)
+    assert width < 40 or re.search(r"│ ?logits \+", out)
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_catalogue_prints_and_writes(tmp_path, capsys, monkeypatch, compared):
+    def as_asked(seed, device, progress):
+        assert (seed, device) == (3, "cpu")
+        for done in range(1, len(PAIRS) + 1):
+            progress(done)
+        return list(compared.values())
+
+    monkeypatch.setattr(command, "compare_pairings", as_asked)
     threads = torch.get_num_threads()
     assert main(["catalogue", "--seed", "3", "--device", "cpu", "--out", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
@@ -340,6 +479,12 @@ def test_catalogue_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert {(row["task"], row["pairing"]) for row in rows} == {(t.name, p.name) for t in TASKS for p in t.pairings}
     assert {row["pairing"] for row in rows if row["error"]} == REFUSED
     assert (tmp_path / "catalogue-pairings.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_help_says_what_out_gets(capsys):
+    assert main(["catalogue", "--help"]) == 0
+    told = " ".join(re.split(r"[\s│]+", capsys.readouterr().out))
+    assert "For both tables as CSV and the pairings' course as a picture." in told
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.text import Text
 
 from fusedact.plotting.charts import Errors, Held, Kernel, Speedup, accuracy, memory, roofline, speedups
@@ -83,6 +83,40 @@ def test_speedups_are_dots_with_whiskers_by_phase():
     assert len({text.get_text() for text in figure.legends[0].get_texts()}) == 2
 
 
+def bands(axes):
+    """What is grey behind a row's dots: (place, from, to)."""
+    areas = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    corners = [each.get_paths()[0].vertices for each in areas]
+    return [((y.min() + y.max()) / 2, x.min(), x.max()) for x, y in (each.T for each in corners)]
+
+
+def test_the_noise_of_fusedacts_run_is_grey():
+    bars = [
+        Speedup("op", "both timed", "both", "fusedact", 1.0, 1.0, 1.0, 0.25),
+        Speedup("op", "both timed", "both", "Liger", 1.0, 1.0, 1.0, 0.02),
+        Speedup("op", "others alone", "both", "Liger", 1.0, 1.0, 1.0, 0.5),
+        Speedup("op", "others alone", "both", "attorch", 1.0, 1.0, 1.0, 0.02),
+    ]
+    [axes] = speedups(bars, "", CAPTION).axes
+    assert bands(axes) == [pytest.approx((1, 0.8, 1.25)), pytest.approx((2, 1 / 1.5, 1.5))]
+    forward, _ = CHARTS["speedups"]().axes
+    assert bands(forward) == [pytest.approx((1, 1 / 1.03, 1.03))]
+
+
+def test_many_contenders_look_each_their_own():
+    bars = [Speedup("op", "a case", "both", f"other {i}", 1.0, 1.0, 1.0, 0.0) for i in range(14)]
+    looks = {(each.get_color(), each.get_marker()) for each in speedups(bars, "", CAPTION).legends[0].legend_handles}
+    assert len(looks) == 14
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.1), (1e-9, 1e9)], ids=["0", "far"])
+def test_whiskers_that_leave_the_scale_are_drawn(low, high):
+    bars = [Speedup("op", "a case", phase, "fusedact", 1.05, low, high, 0.0) for phase in ("forward", "both", "step")]
+    figure = speedups(bars, "", CAPTION)
+    figure.draw_without_rendering()
+    assert 1 in figure.axes[0].get_xticks() and 0 < figure.axes[0].get_xlim()[0] <= 0.95
+
+
 def test_a_row_is_a_case_and_stands_under_its_group():
     [(_, relu), *_] = dots(CHARTS["speedups"]().axes[1])
     [*_, (_, head)] = dots(CHARTS["speedups"]().axes[1])
@@ -97,6 +131,9 @@ def test_the_roofline_holds_every_kernel_and_ceiling():
     lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
     slope, *flat = lines
     assert all(y == pytest.approx(x * 10e9) for x, y in slope)
+    assert slope[1][0] == pytest.approx(5.01)  # FLOPs a byte, where the fastest product's begins
+    assert [line[0][0] for line in flat] == [pytest.approx(line[0][1] / 10e9) for line in flat]
+    assert all(line[1] == [axes.get_xlim()[1], line[0][1]] for line in flat)
     assert sorted(line[0][1] for line in flat) == pytest.approx([0.02e12, 0.05e12, 0.0501e12])
     assert key.texts[0].get_text() == "1  cross_entropy 0x32000 bfloat16"
     assert len(key.texts) == 12
@@ -121,9 +158,21 @@ def test_accuracy_draws_what_the_contract_allows_and_names_who_is_farthest():
     axes = CHARTS["accuracy"]().axes[0]
     allowed = next(line for line in axes.lines if len(line.get_xdata()) == 101)
     assert all(y == pytest.approx(2 * x + 1e-6) for x, y in allowed.get_xydata())
+    [as_stock] = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert len(as_stock.get_xydata()) > 1 and all(y == x for x, y in as_stock.get_xydata())
     low, high = axes.get_xlim()
     assert sorted(map(tuple, dots(axes))) == sorted(
         [(1e-6, 2.9e-6), (3e-7, 3e-7), (low, low), (1e-3, 9e-3), (1e-7, high)]
     )
     named = {text.get_text() for text in axes.texts}
     assert {"softmax none", "cross_entropy beyond"} <= named and "linear_act equal" not in named
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_an_error_that_is_no_number_is_at_the_edge_and_named(at):
+    errors = [Errors(f"op {i}", "float32", 1e-6, 1e-6 * i) for i in range(1, 5)]
+    errors.insert(at, Errors("no number", "float32", 1e-7, math.nan))
+    axes = accuracy(errors, "", CAPTION).axes[0]
+    assert (1e-7, axes.get_ylim()[1]) in set(map(tuple, dots(axes)))
+    named = [text.get_text() for text in axes.texts][2:]
+    assert named == ["no number", "op 4", "op 3"]

@@ -75,6 +75,8 @@ def test_a_trainer_on_kernels(capsys, tmp_path, triton_backend):
             ["linear_act", "--shape", "8x16x4", "--activation", "gelu", "--dtype", "bfloat16"],
             "linear_act gelu 8x16x4 bfloat16",
         ),
+        (["softmax", "--shape", "8x10", "--phase", "no_grad"], "softmax 8x10 float32, inference, fused"),
+        (["cross_entropy", "--shape", "4x10x3x5"], "cross_entropy 4x10x3x5 float32, forward and backward, fused"),
         (["linear_bce", "--shape", "8x4", "--phase", "no_grad"], "linear_bce 8x4 float32, inference"),
         (["linear_act sigmoid 64x1x3 float32"], "linear_act sigmoid 64x1x3 float32"),
     ],
@@ -86,6 +88,16 @@ def test_an_op(args, said, capsys, tmp_path):
     events = events_of(next(tmp_path.glob("*-fused.json")))
     inference = args[-1] in ("forward", "no_grad")
     assert ("backward" in events) != inference
+
+
+def test_traces_of_other_cases_and_phases_stay(capsys, tmp_path):
+    for args in (["--shape", "8x8"], ["--shape", "8x9"], ["--shape", "8x9", "--phase", "forward"]):
+        assert run(capsys, "softmax", *args, "--steps", "1", "--out", str(tmp_path))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"softmax-{case}-{contender}.json"
+        for case in ("8x8-float32-both", "8x9-float32-both", "8x9-float32-forward")
+        for contender in ("stock", "fused")
+    }
 
 
 def row(name, **values):
@@ -113,6 +125,7 @@ def test_what_a_gpu_gives(proton, capsys):
     }  # fmt: skip
     profiling._show(found, "fused layers run Triton kernels")
     out = capsys.readouterr().out
+    assert "three TF32 products" in " ".join(out.split())  # not a cache, above 100 %
     for said in ("_forward_kernel", "1.23 M", "4 G", "91%", "10 more", "launches", "30.00", "stock.json"):
         assert said in out
     assert ("2,000.0" in out and "4.0" in out) if proton == "rows" else "Proton: RuntimeError: [no] CUPTI" in out

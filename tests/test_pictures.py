@@ -1,8 +1,11 @@
 """The pictures of `fusedact plot`: that they show the numbers that they say they show, and that nothing is cut off."""
 
 import math
+from dataclasses import replace
 from functools import cache
-from itertools import combinations
+from importlib import import_module
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from matplotlib.axis import Axis
 from matplotlib.text import Text
 
 import fusedact
+from bench.reporting.pictures import written
 from fusedact import activations as table
 from fusedact.__main__ import main
-from fusedact.plotting import activations, digits, surfaces
+from fusedact.catalogue import TASKS
+from fusedact.plotting import activations, digits, files, losses, surfaces
 from fusedact.trainers import Xor
+from fusedact.trainers.checkpoint import save_checkpoint
 
 VALUE, DERIVATIVE, BY_SLOPE = activations.VALUE, activations.DERIVATIVE, activations.BY_SLOPE
 SMALL = ("--dpi", "50")
@@ -159,6 +165,23 @@ def test_a_registered_activation_is_drawn_as_far_as_it_jumps(own):
     assert (curves[VALUE].x[0].item(), curves[VALUE].x[-1].item()) == (-7.5, 4.0)
 
 
+def test_numbers_along_x_keep_clear_of_each_other():
+    """From any outermost jump to any other, in a gallery's narrow axes."""
+    flat = torch.zeros(0, dtype=torch.float64)
+    spans = [(-4, 4), (-4, 7.5), (-8, 8), (-9.4, 6), (-11.5, 4), (-11.5, 11.5)]
+    panels = []
+    for span in spans:
+        x = torch.tensor(span, dtype=torch.float64)
+        line = activations.Curve(x, x, flat, flat.view(0, 2), flat)
+        panels.append(activations.Panel("own", "", {VALUE: line}))
+    figure = activations.gallery(panels)
+    figure.draw_without_rendering()
+    for axes, (low, high) in zip(figure.axes, spans, strict=False):
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+        assert len(boxes) >= 3
+        assert all(after.x0 - box.x1 > 4 for box, after in pairwise(boxes)), (low, high)
+
+
 def test_dots_stand_at_the_value_and_at_the_side_not_reached():
     [axes] = activations.single(activations.panel("step")).axes
     hollow, full = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
@@ -295,6 +318,11 @@ def test_plot_activations(clean_folder, capsys):
     assert all((clean_folder / path).read_bytes().startswith(PNG) for path in written)
 
 
+def test_an_activation_named_twice_is_drawn_once(clean_folder, capsys):
+    assert main(["plot", "activations", "relu", "relu", *SMALL]) == 0
+    assert capsys.readouterr().out.split() == ["runs/plots/activations/relu.png"]
+
+
 def test_plot_xor(clean_folder, capsys):
     assert main(["plot", "xor", "--epochs", "3", "--seed", "1", "--lr", "0.5", "--device", "cpu", *SMALL]) == 0
     assert capsys.readouterr().out.split() == ["runs/plots/xor.png"]
@@ -302,10 +330,12 @@ def test_plot_xor(clean_folder, capsys):
 
 
 def test_plot_mnist_trains_or_reads_a_checkpoint(clean_folder, capsys, monkeypatch):
-    drawn, count = [], digits.confusion
+    """Each title tells the share that its images give; a checkpoint's are those of its run, raw pixels here."""
+    drawn, titles, count, draw = [], [], digits.confusion, digits.digits
     monkeypatch.setattr(digits, "confusion", lambda *given: drawn.append(given) or count(*given))
+    monkeypatch.setattr(digits, "digits", lambda *given: titles.append(given[3]) or draw(*given))
     training = ["mnist-softmax", "--epochs", "1", "--device", "cpu"]
-    assert main(["train", *training, "--layers", "stock", "--out", "trained"]) == 0
+    assert main(["train", *training, "--layers", "stock", "--raw-pixels", "--out", "trained"]) == 0
     accuracy = float(capsys.readouterr().out.split("Accuracy: ")[1].split()[0])
     assert main(["plot", "mnist", "--trainer", *training, *SMALL]) == 0
     path = "trained/mnist-softmax-stock.pt"
@@ -313,18 +343,39 @@ def test_plot_mnist_trains_or_reads_a_checkpoint(clean_folder, capsys, monkeypat
     written = [f"{out}/mnist-softmax-{what}.png" for out in ("runs/plots", "again") for what in ("digits", "confusion")]
     assert capsys.readouterr().out.split() == written
     assert all((clean_folder / path).read_bytes().startswith(PNG) for path in written)
-    for labels, said in drawn:
-        assert (labels == said).float().mean().item() == pytest.approx(accuracy)
+    now, loaded = ((labels == said).float().mean().item() for labels, said in drawn)
+    assert loaded == pytest.approx(accuracy) and now != pytest.approx(accuracy)
+    assert titles == [f"mnist-softmax, 1 epoch: {share:.2%} of 1,000 test images right" for share in (now, loaded)]
+
+
+def test_a_checkpoint_is_tested_on_the_images_of_its_run(clean_folder, capsys):
+    """By --data where that is given, else by the run's."""
+    where = {"data": "gone", "raw_pixels": "False"}
+    save_checkpoint(Path("model.pt"), torch.nn.Linear(784, 10).state_dict(), {"settings": where})
+    asked = ["plot", "mnist", "--trainer", "mnist-softmax", "--checkpoint", "model.pt"]
+    for given, folder in ([], "gone"), (["--data", "other"], "other"):
+        assert main([*asked, *given]) == 2
+        assert f"{folder}: expected train-images-idx3-ubyte" in capsys.readouterr().err
 
 
 def test_plot_curves_of_a_run_and_of_a_csv(clean_folder, capsys, monkeypatch):
     from fusedact import plotting
 
+    command, made = import_module("fusedact.cli.plotting"), {}
+    train = command._trained
+    monkeypatch.setattr(command, "_trained", lambda *given: made.update(given[0]) or train(*given))
     drawn, original = [], plotting.training_curves
     monkeypatch.setattr(plotting, "training_curves", lambda costs, title: drawn.append(costs) or original(costs, title))
     assert main(["plot", "curves", "xor", "--epochs", "2", "--device", "cpu", *SMALL]) == 0
     assert capsys.readouterr().out.split() == ["runs/plots/xor-curves.png"]
     assert {label: len(costs) for label, costs in drawn[0].items()} == {"stock": 2, "fused": 2, "fit": 2}
+    layers = {label: type(next(trainer.model.children())).__module__ for label, trainer in made.items()}
+    assert {label: name.partition(".")[0] for label, name in layers.items()} == {
+        "stock": "torch",
+        "fused": "fusedact",
+        "fit": "torch",
+    }
+    assert [made[label].settings.engine for label in ("stock", "fused", "fit")] == ["plain", "plain", "auto"]
     lines = ["run,epoch,cost,step_seconds", "stock,1,0.5,1e-3", "fit,1,0.4,1e-3", "stock,2,0.25,1e-3"]
     (clean_folder / "xor.csv").write_text("\n".join(lines))
     assert main(["plot", "curves", "xor", "--from", "xor.csv", "--out", "out"]) == 0
@@ -352,6 +403,11 @@ def test_plot_losses(clean_folder, capsys):
         (["curves", "xor", "--from", "other.csv"], "other.csv: expected a CSV of train or compare: no column 'run'"),
         (["curves", "xor", "--from", "words.csv"], "words.csv: expected a CSV of train or compare: could not convert"),
         (["curves", "xor", "--from", "binary.csv"], "binary.csv: expected a CSV of train or compare"),
+        (["curves", "xor", "--from", "back.csv"], "back.csv, line 2: expected epoch 1 of run 'stock', found '2'"),
+        (["curves", "xor", "--from", "gap.csv"], "gap.csv, line 4: expected epoch 2 of run 'fit', found '3'"),
+        (["curves", "xor", "--from", "twice.csv"], "twice.csv, line 4: expected epoch 3 of run 'fit', found '1'"),
+        (["curves", "xor", "--from", "short.csv"], "short.csv: expected a CSV of train or compare: no column 'epoch'"),
+        (["curves", "xor", "--from", "nan.csv"], "nan.csv: expected a cost that is finite, found none"),
         (["curves", "xor", "--from", "text", "--lr", "1"], "takes no --lr"),
         (["curves", "xnor"], "unknown trainer 'xnor'"),
         (["xor", "--epochs", "0"], "--epochs"),
@@ -363,6 +419,11 @@ def test_plot_losses(clean_folder, capsys):
 def test_faults_are_one_line(clean_folder, capsys, args, said):
     (clean_folder / "text").write_text("run,epoch,cost\n")
     (clean_folder / "other.csv").write_text("lr,seed,cost\n1,2,3\n")
+    (clean_folder / "back.csv").write_text("run,epoch,cost\nstock,2,1.0\nstock,1,5.0\n")
+    (clean_folder / "gap.csv").write_text("run,epoch,cost\nfit,1,1.0\nstock,1,2.0\nfit,3,5.0\n")
+    (clean_folder / "twice.csv").write_text("run,epoch,cost\n" + 2 * "fit,1,1.0\nfit,2,5.0\n")
+    (clean_folder / "short.csv").write_text("run,cost\nfit,1.0\n")
+    (clean_folder / "nan.csv").write_text("run,epoch,cost\nfit,1,nan\nfit,2,inf\n")
     (clean_folder / "words.csv").write_text("run,epoch,cost\nfit,1,low\n")
     (clean_folder / "binary.csv").write_bytes(b"run,cost\n\x00\xff\xfe,\n")
     assert main(["plot", *args]) == 2
@@ -374,3 +435,42 @@ def test_a_checkpoint_of_another_model_is_refused(clean_folder, capsys):
     assert main(["train", "xor", "--epochs", "1", "--out", "out", "--device", "cpu"]) == 0
     assert main(["plot", "mnist", "--checkpoint", "out/xor-fused.pt"]) == 2
     assert "out/xor-fused.pt: holds no model of mnist-mlp; --trainer is one of" in capsys.readouterr().err
+
+
+# Those of the docs
+
+NAMES = activations.names()  # of the package: other tests register their own
+DOCS = Path(__file__).parents[1] / "docs/images"
+
+
+@pytest.mark.parametrize(
+    ("stem", "draw"),
+    [
+        ("activations", lambda: activations.gallery([panel(name) for name in NAMES])),
+        ("losses", losses.gallery),
+        ("losses-pairings", lambda: losses.table(TASKS)),
+    ],
+    ids=["activations", "losses", "losses-pairings"],
+)
+def test_pictures_of_the_docs_show_what_there_is(stem, draw):
+    assert written(DOCS / f"{stem}.png") == files.digest(draw()), "stale: make pictures"
+
+
+@pytest.mark.exhaustive
+def test_xor_of_the_docs_is_what_it_trains_to(clean_folder):
+    assert main(["plot", "xor", "--device", "cpu"]) == 0
+    assert written(DOCS / "xor.png") == written(Path("runs/plots/xor.png")), "stale: make pictures"
+
+
+def test_a_digest_is_of_what_is_written(tmp_path):
+    """Not of numbers along axes, which come and go as it is drawn."""
+    table = losses.table(TASKS)
+    path = tmp_path / "table.png"
+    path.write_bytes(files.png(table, 50))
+    assert written(path) == files.digest(table) == files.digest(losses.table(TASKS))
+    some = [panel("relu"), panel("leaky_relu")]
+    noted = [panel("relu"), replace(panel("leaky_relu"), note="negative_slope = 0.1")]
+    first, *rest = TASKS
+    retold = [replace(first, pairings=(replace(first.pairings[0], launches=(1, 2)), *first.pairings[1:])), *rest]
+    figures = [table, losses.table(retold), *map(activations.gallery, (some, some[:1], noted))]
+    assert len({files.digest(figure) for figure in figures}) == 5

@@ -21,6 +21,39 @@ def test_all_runs_show_where_they_coincide():
     assert (axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()) == ("mnist-mlp", "epoch", "cost")
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_are_written_as_they_are():
+    names = ["$x_$", "_hidden", r"\frac{1}", "a$b$c"]
+    figure = training_curves({name: [1.0] for name in names}, "xor")
+    assert png(figure).startswith(b"\x89PNG\r\n\x1a\n")
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f"{name}: 1" for name in names]
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert [line.get_color() for line in legend.get_lines()] == colors and len(set(colors)) == 4
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        ([1.0, 2.0, 0.25], "0.25"),
+        ([1.0, math.nan, 0.5], "0.5"),
+        ([1.0, math.nan, 2.0, math.inf, math.nan], "not finite from epoch 4"),
+        ([math.nan, math.nan], "not finite from epoch 1"),
+        ([1.0] * 1500 + [math.inf], "not finite from epoch 1,501"),
+        ([math.inf, -math.inf] * 300, "not finite from epoch 1"),
+    ],
+)
+def test_a_cost_that_is_not_finite_is_told(costs, said):
+    """And the epochs without a point have their room."""
+    figure = training_curves({"fit": costs}, "xor")
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"fit: {said}"]
+    low, high = axes.get_xlim()
+    assert 1 - 0.06 * len(costs) < low < 1 and len(costs) < high < 1.06 * len(costs) + 1
+
+
 @pytest.mark.parametrize(
     ("costs", "scale"),
     [

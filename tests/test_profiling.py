@@ -2,8 +2,11 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedact
 from fusedact import backend, nn
 from fusedact.kernels.metadata import flops_each, product_flops, told
-from fusedact.profiling import proton
+from fusedact.profiling import proton, tracing
 from fusedact.profiling.cases import Case
 from fusedact.profiling.contenders import contenders, output_gradient
 from fusedact.profiling.counting import Count, counted
 from fusedact.profiling.ops import work
-from fusedact.profiling.rows import OTHER, of_device
+from fusedact.profiling.rows import OTHER, STEP, of_device, of_host
 from fusedact.profiling.timing import DRY
-from fusedact.profiling.tracing import profile_unit
+from fusedact.profiling.tracing import profile_unit, unit_of
 
 CPU = torch.device("cpu")
 TOLD_LAUNCHES = Path(__file__).with_name("told_launches.py")
@@ -164,8 +167,30 @@ def test_a_launch_tells_the_bytes_of_its_tensors_once(changed, moved):
 def test_a_launch_tells_flops_by_width_and_only_where_they_are_counted():
     assert told_of(kernel_arguments(), product_flops)["flops16"] == 240
     assert told_of({"x_ptr": torch.zeros(7, 3)}, flops_each("x_ptr", 5))["flops32"] == 105
+    described = {"x_ptr": SimpleNamespace(base=torch.zeros(7, 3))}
+    assert told_of(described, flops_each("x_ptr", 5))["flops32"] == 105
     assert set(told_of(kernel_arguments())) == {"name", "bytes"}
     assert told_of(kernel_arguments(), untouched=("x_ptr",))["bytes"] == 2 * (20 + 30)
+
+
+def test_rows_that_are_visited_again_are_told_each_time():
+    x, w = torch.zeros(6, 4), torch.zeros(3, 4)
+    found = told_of({"x_ptr": x, "w_ptr": w}, visited=lambda args: (20, (args["x_ptr"],)))
+    assert found["bytes"] == 4 * (20 * 4 + 12)
+
+
+@pytest.mark.parametrize(
+    "args, flops",
+    [
+        ({"M": 3}, None),
+        ({"x_ptr": torch.zeros(3, dtype=torch.int64)}, flops_each("x_ptr", 5)),
+        ({"x_ptr": torch.zeros(3)}, product_flops),
+        ({"x_ptr": object(), "y_ptr": torch.zeros(3)}, flops_each("x_ptr", 5)),
+    ],
+    ids=["no tensor", "no floating-point one", "no sizes", "what is no tensor"],
+)
+def test_no_launch_fails_since_it_cannot_be_told(args, flops):
+    assert told_of(args, flops) == {"name": "_forward_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -220,12 +245,19 @@ def test_launches_tell_what_the_ops_table_says(launches):
 
 
 @pytest.mark.exhaustive
-def test_training_launches_tell_their_products(launches):
-    visits, layers = 2 * 64, {"tiny": [(3, 4), (4, 1)], "single": [(784, 10)], "layers": [(48, 32), (32, 10)]}
+def test_training_launches_tell_their_products_and_every_visit(launches):
+    """The first run is an epoch in a launch, the second that and four in one more."""
+    rows, layers = 64, {"tiny": [(3, 4), (4, 1)], "single": [(784, 10)], "layers": [(48, 32), (32, 10)]}
     for name, sizes in layers.items():
-        (flops,) = [count[2] for key, count in launches["training"][name].items() if key.startswith("training_")]
+        one, five = (
+            list(map(sum, zip(*(told for key, told in runs[name].items() if key.startswith("training_")), strict=True)))
+            for runs in launches["training"]
+        )
         products = [inputs * outputs for inputs, outputs in sizes]
-        assert flops == 2 * visits * (3 * sum(products) - products[0]), name
+        flops = 2 * rows * (3 * sum(products) - products[0])
+        assert (one[0], one[2]) == (1, flops) and (five[0], five[2]) == (2, 5 * flops), name
+        epoch = 4 * (rows * (sizes[0][0] + sizes[-1][1]) + rows + 4)  # x, y, the order, and the steps' losses
+        assert five[1] - 2 * one[1] == 3 * epoch, name
 
 
 # What a step counts
@@ -328,6 +360,134 @@ def test_a_kernel_belongs_to_the_innermost_range_around_its_launch():
     assert row.bytes == 640 and row.share == pytest.approx(0.0025 / 5)
 
 
+def test_a_kernel_belongs_to_the_outermost_range_that_is_counted():
+    """Its bytes are those of the calls whose time it has."""
+    events = [
+        event("user_annotation", "forward", 0, 100),
+        event("cpu_op", "aten::contiguous", 0, 11),
+        event("cpu_op", "aten::clone", 0, 10),
+        event("cpu_op", "aten::copy_", 1, 8),
+        event("cuda_runtime", "cudaLaunchKernel", 2, 1, correlation=1),
+        event("cpu_op", "aten::copy_", 20, 8),
+        event("cuda_runtime", "cudaLaunchKernel", 22, 1, correlation=2),
+        event("cpu_op", "aten::convolution", 40, 20),
+        event("cpu_op", "aten::cudnn_convolution", 42, 16),
+        event("cuda_runtime", "cudaLaunchKernel", 45, 1, correlation=3),
+        event("kernel", "copy", 100, 1000.0, tid=9, correlation=1),
+        event("kernel", "copy", 1200, 10.0, tid=9, correlation=2),
+        event("kernel", "conv", 2300, 50.0, tid=9, correlation=3),
+    ]
+    counts = {
+        "aten::clone": Count(1, 4_000_000),
+        "aten::copy_": Count(1, 40_000),
+        "aten::convolution": Count(1, 1000, Counter({32: 10**9})),
+    }
+    rows = of_device(events, 1, counts)
+    for row in rows:
+        row.set_share({"copy, GB/s": 4.0, "fp32, TFLOP/s": 50.0}, "highest")
+    assert {row.name: (row.calls, row.us, row.bytes, row.share) for row in rows} == {
+        "aten::clone": (1, 1000.0, 4_000_000, 1.0),
+        "aten::convolution": (1, 50.0, 1000, 0.4),
+        "aten::copy_": (1, 10.0, 40_000, 1.0),
+    }
+
+
+def copies():
+    x = torch.ones(512, 512)
+
+    def step():
+        with record_function(STEP):
+            torch.empty(512, 512).copy_(x)
+            return x.t().contiguous(), x.to(torch.float64), torch.zeros(512, 512)  # each of which fills or copies
+
+    return step
+
+
+def test_bytes_of_a_row_are_of_the_calls_whose_time_it_has():
+    step = copies()
+    counts = counted(step)
+    with profile() as recorded:
+        step()
+        step()
+    rows = {row.name: row for row in of_host(recorded, 2, counts)}
+    for name in ("aten::copy_", "aten::clone", "aten::_to_copy"):
+        assert (rows[name].calls, rows[name].bytes) == (1, counts[name].bytes)
+    assert rows["aten::copy_"].bytes == 2 * 4 * 512**2
+    assert rows["aten::contiguous"].bytes is None
+    copied = sum(event.cpu_time_total for event in recorded.events() if event.name == "aten::copy_") / 2
+    assert rows["aten::copy_"].us < copied < sum(rows[name].us for name in counts if name in rows)
+
+
+def test_where_other_calls_were_counted_a_row_has_no_bytes():
+    step = copies()
+    counts = counted(step)
+    counts["aten::clone"].calls = 2
+    with profile() as recorded:
+        step()
+    rows = {row.name: row for row in of_host(recorded, 1, counts)}
+    assert rows["aten::clone"].bytes is None and rows["aten::copy_"].bytes
+
+
+def test_ceilings_are_measured_once_and_while_nothing_else_is_held(monkeypatch):
+    held, measured = [], []
+    steps = tracing.Unit.steps
+
+    def watched_steps(unit, device):
+        found = steps(unit, device)
+        held.extend(weakref.ref(step) for step in found.values())
+        return found
+
+    def measure(names, device, effort):
+        measured.append(list(names))
+        assert held and not any(ref() for ref in held)
+        return dict.fromkeys(names, 100.0)
+
+    monkeypatch.setattr(tracing.Unit, "steps", watched_steps)
+    monkeypatch.setattr(tracing.ceilings, "measured", measure)
+    known = {"tf32, TFLOP/s": 5.0}
+    given = [
+        profile_unit(name, CPU, steps=1, shape=shape, known=known)["ceilings"]
+        for name, shape in (("softmax", (8, 10)), ("linear_act", (8, 4, 4)), ("linear_act", (8, 4, 4)))
+    ]
+    assert measured == [["copy, GB/s"], ["fp32, TFLOP/s"], []]
+    assert given[0] == {"copy, GB/s": 100.0}
+    assert given[1] == given[2] == {"copy, GB/s": 100.0, "fp32, TFLOP/s": 100.0}
+    assert known == {"tf32, TFLOP/s": 5.0} | given[1]
+
+
+@pytest.mark.parametrize(
+    "name, shape, fits",
+    [
+        ("cross_entropy", (4, 10, 3, 5), True),
+        ("cross_entropy", (4,), False),
+        ("softmax", (2, 3, 4, 5), True),
+        ("bce_with_logits", (3, 4, 5), True),
+        ("activation", (3, 4), True),
+        ("linear_act", (3, 4, 5, 6), False),
+        ("linear_bce", (3, 4, 5), False),
+        ("convolution_act", (2, 3, 4, 8, 8, 3), True),
+        ("convolution_act", (2, 3, 4, 3), False),
+    ],
+)
+def test_shapes_are_those_that_the_op_takes(name, shape, fits):
+    if not fits:
+        with pytest.raises(ValueError, match=f"shape {'x'.join(map(str, shape))}: {name} takes one as "):
+            unit_of(name, CPU, shape)
+        return
+    unit = unit_of(name, CPU, shape)
+    assert unit.case.shape == shape
+    for step in unit.steps(CPU).values():
+        step()
+
+
+@pytest.mark.parametrize("name", tracing.OPS)
+def test_inference_of_every_op_is_profiled(name):
+    assert unit_of(name, CPU, phase="no_grad", inference=True).phase == "no_grad"
+    if "no_grad" not in tracing.OPS[name].phases:
+        with pytest.raises(ValueError, match="phase 'no_grad'"):  # which the suites do not time
+            unit_of(name, CPU, phase="no_grad")
+
+
 def test_protons_tree_is_read_by_launch():
     def node(name, metrics, *children):
         return {"frame": {"name": name, "type": "function"}, "metrics": metrics, "children": list(children)}
@@ -340,6 +500,37 @@ def test_protons_tree_is_read_by_launch():
         {"name": "softmax.forward 8x10", "bytes": 640, "flops32": 400, "count": 1, "time (ns)": 1500},
         {"name": "Memcpy", "count": 2, "time (ns)": 500},
     ]
+
+
+def test_a_profile_of_proton_without_kernels_is_a_line(monkeypatch, tmp_path):
+    path = tmp_path / "softmax.hatchet"
+    path.write_text(json.dumps([{"frame": {"name": "ROOT"}, "metrics": {}, "children": []}, {"CUDA": {}}]))
+    monkeypatch.setattr(proton.subprocess, "run", lambda *args, **options: None)
+    assert proton.profiled("softmax", CPU, {}, 1, path) == {"error": "it recorded no kernel"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends at its time limit")
+@pytest.mark.exhaustive
+def test_protons_process_ends_with_whoever_waits_for_it():
+    child = "from fusedact.profiling import proton; proton.end_in_time(); print('ready', flush=True); input()"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", parent, child]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        process.wait()
+        ends = select.select([process.stdout], [], [], 10)[0]  # which the child holds open while it lives
+        process.stdin.close()  # ends it in any case
+        assert ends and process.stdout.read() == ""
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_proton_takes_too_long_for_ends_by_itself(monkeypatch):
+    limits = []
+    monkeypatch.setattr(proton.faulthandler, "dump_traceback_later", lambda *args, **options: limits.append(options))
+    monkeypatch.setattr(proton.sys, "platform", "none")
+    proton.end_in_time()
+    assert limits == [{"exit": True}]
 
 
 @pytest.mark.exhaustive

@@ -1,15 +1,18 @@
 """Records into tables and charts: what is written, what is merged, and that whatever is stale is found."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
 from bench import report
-from bench.reporting import pictures, records, suite_tables, timed
+from bench.reporting import pictures, records, rows, suite_tables, timed
+from fusedact.profiling import cases, ceilings, choosing, figures, losses, ops, peers
 
 OPS = (  # op, case, {phase: (stock µs, {contender: (ratio, low, high)})}
     ("linear_act", "linear_act relu 64x1x3 float32", {"forward": (10.0, {"fusedact": (1.01, 0.99, 1.03)})}),
@@ -26,6 +29,21 @@ OPS = (  # op, case, {phase: (stock µs, {contender: (ratio, low, high)})}
     (None, "S3 xor", {"step": (400.0, {"fusedact": (1.0, 0.9, 1.1), "fit": (20.0, 19.0, 21.0)})}),
     (None, "S3 xor", {"run": (2.5e6, {"fusedact": (1.0, 0.9, 1.1), "fit": (30.0, 29.0, 31.0)})}),
 )
+
+ARGUMENTS = ["bench/test_ops.py", "-k", "a name", "--rounds", "25"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    """The suites' cases and trainers are those of OPS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "cases_for", lambda device: [Named(name) for op, name, _ in OPS if op])
+        patch.setattr(cases, "STEPS", [Named(name) for op, name, _ in OPS if op is None])
+        yield
+
+
+class Named(NamedTuple):
+    name: str
 
 
 def benchmark(op, case, phase, contender, micros, ratio, low, high):
@@ -46,7 +64,7 @@ def suites_record():
             benchmarks += [benchmark(op, case, phase, name, stock / r[0], *r) for name, r in others.items()]
     benchmarks.append({"group": "attachment", "name": "of another suite", "stats": {"median": 1.0}, "extra_info": {}})
     machine = {"machine": "none", "cores": 2, "threads": 1, "python": "3", "torch": "0.0", "triton": "0.0"}
-    machine |= {"device": "SYNTHETIC", "ceilings": {"copy, GB/s": 10.0, "fp32, TFLOP/s": 0.05}}
+    machine |= {"device": "SYNTHETIC", "arguments": ARGUMENTS, "ceilings": {"copy, GB/s": 10.0, "fp32, TFLOP/s": 0.05}}
     commit = {"id": "abcdef0123456789", "dirty": False}
     return {
         "machine_info": machine,
@@ -63,7 +81,8 @@ def gpu_record(date, commit="abc", device="SYNTHETIC", **sections):
 
 
 def measured(stock=100.0, ours=50.0):
-    times = {name: {"median": t, "p20": 0.9 * t, "p80": 1.25 * t} for name, t in (("stock", stock), ("again", stock))}
+    twice = (("stock", stock), ("again", 1.1 * stock))
+    times = {name: {"median": t, "p20": 0.9 * t, "p80": 1.25 * t} for name, t in twice}
     times["fusedact"] = {"median": ours, "p20": 0.8 * ours, "p80": 1.25 * ours}
     phase = {"bytes": 10**8, "flops": 10**9, "times": dict.fromkeys(("cold", "launched", "wall"), times)}
     phase |= {"memory": {"stock": 3 * 2**20, "fusedact": 2**20}}
@@ -83,8 +102,10 @@ def whole(tmp_path_factory):
         f"before\n{report.OPEN}\n{report.CLOSE}\n<!-- suites-table -->\n<!-- /suites-table -->\nafter\n"
     )
     (folder / "docs" / "measured.md").write_text("before\n<!-- suites-full -->\n<!-- /suites-full -->\nafter\n")
-    ceilings = {"results": {"copy, GB/s": 4000.0, "fp32, TFLOP/s": 50.0}}
-    gpu = gpu_record("2000-01-01T00:00", ops={"results": {"softmax 4x5 float32": measured()}}, ceilings=ceilings)
+    limits = {"results": {"copy, GB/s": 4000.0, "fp32, TFLOP/s": 50.0}}
+    both = measured()
+    both["phases"]["forward"] = both["phases"]["both"]
+    gpu = gpu_record("2000-01-01T00:00", ops={"results": {"softmax 4x5 float32": both}}, ceilings=limits)
     (folder / "results" / "gpu.json").write_text(json.dumps(gpu))
     (folder / "results" / records.SUITES).write_text(json.dumps(suites_record()))
     shutil.copy(records.RESULTS / "memory.json", folder / "results")
@@ -140,8 +161,9 @@ def test_the_pages_table_has_a_line_a_case_and_phase(whole):
 
 @pytest.mark.parametrize("file", ["README.md", "docs/measured.md"])
 def test_tables_say_where_when_and_how(whole, file):
+    command = "`python -m pytest bench/test_ops.py -k 'a name' --rounds 25`"
     text = (whole / file).read_text()
-    for said in ("SYNTHETIC", "1 thread", "torch 0.0", "2000-01-02", "abcdef0", records.SUITES, suite_tables.COMMAND):
+    for said in ("SYNTHETIC", "1 thread", "torch 0.0", "2000-01-02", "abcdef0", records.SUITES, command):
         assert said in text, said
     assert "On a CPU fused layers run stock's own operations" in text and "1.00 within the noise" in text
 
@@ -213,8 +235,16 @@ def test_a_chart_of_no_record_is_found(copied, capsys):
     assert named == 2 * [f"gpu-{kind}.png" for kind in ("accuracy", "memory", "roofline", "speedup")]
 
 
-def test_the_repositorys_own_tables_and_charts_are_the_records():
-    assert report.main(["--check"]) == 0
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_chart_of_another_resolution_is_stale(whole, monkeypatch, device):
+    monkeypatch.setattr(pictures, "DPI", 2 * pictures.DPI)
+    stale = {chart.name for chart in pictures.of_records(whole / "results") if not chart.current(whole / "docs/images")}
+    assert f"{device}-speedup.png" in stale
+
+
+def test_the_gpus_memory_is_of_whole_calls(whole):
+    [chart] = [chart for chart in pictures.of_records(whole / "results") if chart.name == "gpu-memory.png"]
+    assert [(each.contender, each.mib) for each in chart.shown["held"]] == [("stock", 3.0), ("fusedact", 1.0)]
 
 
 def test_redrawn_charts_are_the_same(copied):
@@ -240,18 +270,66 @@ def test_sections_run_apart_are_merged(tmp_path):
     path, record = records.newest(
         folder_of(
             tmp_path,
-            first=gpu_record("2000-01-01T00:00", ops=ops, steps={"results": {"old": 1}}),
-            second=gpu_record("2000-01-02T00:00", steps={"results": {"new": 1}}, peers={"results": {"p": 1}}),
+            first=gpu_record("2000-01-01T00:00", ops=ops, steps={"results": {"s": 1}}),
+            second=gpu_record("2000-01-02T00:00", steps={"results": {"s": 2}}, peers={"results": {"p": 1}}),
             third=gpu_record("2000-01-03T00:00", ops=newer, peers={"error": "broke"}),
             other=gpu_record("2000-01-04T00:00", commit="else", peers={"results": {"x": 1}}),
             elsewhere=gpu_record("2000-01-04T00:00", device="else", peers={"results": {"x": 1}}),
             dry=gpu_record("2000-01-05T00:00", ops=ops) | {"dry": True},
         )
     )
+    assert "error" not in record["sections"]["peers"]
     assert path.name == "third.json" and record["records"] == ["second.json", "third.json"]
     sections = {name: section["results"] for name, section in record["sections"].items()}
-    assert sections == {"ops": newer["results"], "steps": {"new": 1}, "peers": {"p": 1}}
+    assert sections == {"ops": newer["results"], "steps": {"s": 2}, "peers": {"p": 1}}
     assert [row.ratio for row in report.rows(record | {"sections": {"ops": newer}})] == [4.0]
+
+
+def test_a_run_cut_short_takes_no_result_away(tmp_path):
+    units = [f"case {i}" for i in range(5)]
+    fit = {"took": 0.5, "step_us": 10.0, "stock_step_us": 300.0}
+    ops = {"results": dict.fromkeys(units, measured()), "first_calls": dict.fromkeys(units, 1.0)}
+    again = {"results": {units[3]: measured(ours=25.0)}, "skipped": dict.fromkeys(units[:3], "no time left")}
+    again |= {"errors": {units[4]: "its process ended"}, "first_calls": {units[3]: 2.0}}
+    whole = gpu_record("2000-01-01T00:00", ops=ops, fits={"results": {"a run": fit}}, tests={"passed": 9})
+    part = gpu_record(
+        "2000-01-02T00:00", ops=again, fits={"results": {}, "skipped": {"a run": "no time"}}, tests={"error": "broke"}
+    )
+    path, record = records.newest(folder_of(tmp_path, one=whole, two=part))
+    sections = record["sections"]
+    expected = ops["results"] | again["results"]
+    assert path.name == "two.json" and sections["ops"]["results"] == expected and list(expected) == units
+    assert sections["ops"]["skipped"] == sections["ops"]["errors"] == {}
+    assert sections["ops"]["first_calls"] == ops["first_calls"] | {units[3]: 2.0}
+    assert sections["fits"] == {"results": {"a run": fit}, "skipped": {}} and sections["tests"] == {"passed": 9}
+    assert record["records"] == ["one.json", "two.json"]
+
+
+def test_a_unit_that_failed_or_was_skipped_may_come_later(tmp_path):
+    broken = {"results": {"a": measured()}, "errors": {"b": "broke", "c": "broke"}, "skipped": {"d": "no time"}}
+    later = {"results": {"b": measured()}, "errors": {"d": "broke"}, "skipped": {"c": "no time"}}
+    one, two = gpu_record("2000-01-01T00:00", ops=broken), gpu_record("2000-01-02T00:00", ops=later)
+    _, record = records.newest(folder_of(tmp_path, one=one, two=two))
+    section = record["sections"]["ops"]
+    assert list(section["results"]) == ["a", "b"] and section["skipped"] == {}
+    assert section["errors"] == {"c": "broke", "d": "broke"}
+
+
+def test_the_date_is_of_what_contributed(tmp_path):
+    ops = gpu_record("2000-01-01T00:00", ops={"results": {"a": measured()}})
+    steps = gpu_record("2000-01-02T00:00", steps={"results": {"s": 1}})
+    empty = gpu_record("2000-01-03T00:00", steps={"results": {}, "skipped": {"s": "no time"}}, peers={"error": "broke"})
+    _, record = records.newest(folder_of(tmp_path, one=ops, two=steps, three=empty))
+    assert record["date"] == "2000-01-02T00:00" and record["records"] == ["one.json", "two.json"]
+
+
+@pytest.mark.parametrize("key", ["device", "torch", "triton"])
+def test_another_machine_or_version_is_not_merged(tmp_path, key):
+    ops = gpu_record("2000-01-01T00:00", ops={"results": {"a": measured()}})
+    other = gpu_record("2000-01-02T00:00", steps={"results": {"s": 1}})
+    other["machine"][key] = "else"
+    _, record = records.newest(folder_of(tmp_path, one=ops, two=other))
+    assert record["records"] == ["one.json"] and set(record["sections"]) == {"ops"}
 
 
 @pytest.mark.parametrize("commit", ["abc-dirty", "unknown"])
@@ -278,21 +356,62 @@ def test_a_record_without_its_markers_is_refused(tmp_path):
         report.rendered_docs("none", tmp_path)
 
 
-def smoke() -> str:
+def suites_with(change) -> str:
     record = suites_record()
-    record["machine_info"]["smoke"] = True
+    change(record)
+    return json.dumps(record)
+
+
+def gpu_without(key: str) -> str:
+    record = gpu_record("2000-01-01T00:00")
+    del record["machine"][key]
     return json.dumps(record)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        (records.SUITES, smoke(), "expected measured suites, got a smoke run's"),
-        (records.SUITES, "{}", "expected what pytest bench --benchmark-json writes"),
+        (
+            records.SUITES,
+            suites_with(lambda r: r["machine_info"].update(smoke=True)),
+            "expected measured suites, got a smoke run's",
+        ),
+        (records.SUITES, "{}", "suites-cpu.json: expected the key datetime, got none"),
+        (records.SUITES, "[]", "suites-cpu.json: expected a record, an object of JSON, got a list"),
+        (records.SUITES, '{"machine_info": {"ceilings": {}}}', "suites-cpu.json: expected the key"),
+        (
+            records.SUITES,
+            suites_with(lambda r: r["machine_info"].pop("arguments")),
+            "suites-cpu.json: expected the key machine_info.arguments, got none",
+        ),
+        (
+            records.SUITES,
+            suites_with(lambda r: r["benchmarks"][1]["extra_info"].pop("op")),
+            "suites-cpu.json: expected the key benchmarks.1.extra_info.op, got none",
+        ),
+        (
+            records.SUITES,
+            suites_with(lambda r: r["benchmarks"][2]["stats"].update(median="1")),
+            "suites-cpu.json: expected benchmarks.2.stats.median as Number, got str",
+        ),
+        (
+            records.SUITES,
+            suites_with(lambda r: r.update(benchmarks=r["benchmarks"][2:])),
+            "expected all cases of the table, got none of linear_act relu 64x1x3 float32; 1 are missing",
+        ),
+        (
+            records.SUITES,
+            suites_with(lambda r: r.update(benchmarks=r["benchmarks"][:8])),
+            "expected all cases of the table, got none of S3 xor; ",
+        ),
+        ("memory.json", "{}", "memory.json: expected the key machine, got none"),
+        ("memory.json", "[]", "memory.json: expected a record, an object of JSON, got a list"),
+        ("x.json", "[]", "x.json: expected a record, an object of JSON, got a list"),
+        ("x.json", '{"kind": "gpu"}', "x.json: expected the key date, got none"),
+        ("gpu.json", gpu_without("torch"), "gpu.json: expected the key machine.torch, got none"),
         ("gpu.json", "{", "gpu.json: expected JSON"),
         ("../README.md", "no markers", "expected <!-- gpu-table -->"),
     ],
-    ids=["smoke", "another's", "cut short", "no markers"],
 )
 def test_what_cannot_be_read_is_one_line(copied, capsys, name, content, said):
     (copied / "results" / name).write_text(content)
@@ -332,9 +451,68 @@ def test_of_a_gpu_others_stand_against_their_own_runs_stock():
         ("fusedact", 2.0, 1.6, 2.5),
         ("Liger", 2.0, 1.0, 4.0),
     ]
+    assert [each.noise for each in found.values()] == [pytest.approx(0.1)] * 3
+    assert [row.noise for row in report.rows(record)] == [pytest.approx(0.1)]
     assert found["fusedact"].label == "4x5 float32" and found["fusedact"].errors == (1e-7, 3e-7)
     [run] = [each for each in timed.of_gpu(record) if each.of_trainer]
     assert (run.case, run.phase, run.ratio) == ("a run", "run", 30.0)
+
+
+def test_who_stands_beside_others_alone_keeps_stock_and_fusedact():
+    beside = measured(stock=80.0)
+    beside["phases"]["both"]["times"]["cold"]["attorch"] = {"median": 20.0, "p20": 20.0, "p80": 20.0}
+    record = gpu_record("2000-01-01T00:00", ops={"results": {}}, peers={"results": {"nll_loss 4x5 float32": beside}})
+    assert [each.contender for each in timed.of_gpu(record)] == ["stock", "fusedact", "attorch"]
+
+
+@pytest.mark.parametrize("op", ["softmax", "linear_act"])
+def test_every_table_has_whoever_stands_beside(tmp_path, op):
+    beside = measured()
+    for name, time in (("attorch", 20.0), ("a newcomer", 40.0)):
+        beside["phases"]["both"]["times"]["cold"][name] = {"median": time, "p20": time, "p80": time}
+    timing = {"seconds": 1.0, "limit": 2.0, "state": ""}
+    sections = {
+        name: {"results": {"a case": result | {"op": op}}} | timing
+        for name, result in (("ops", measured()), ("peers", beside))
+    }
+    record = gpu_record("2000-01-01T00:00", **sections)
+    lines = [line for line in report.markdown(record).splitlines() if line.startswith("| a case | both")]
+    short = report.rendered(f"{report.OPEN}\n{report.CLOSE}", folder_of(tmp_path, gpu=record))
+    assert "to attorch | to a newcomer | GB/s" in report.markdown(record) and " | 0.400 | 0.800 | " in lines[0]
+    if op == "softmax":
+        assert (
+            "| attorch | a newcomer | memory" in short and " | 0.40 | 0.80 | " in short and short.count("a case") == 1
+        )
+        assert " | 0.40 | 0.80 | " in lines[1]
+    else:
+        assert "| attorch / fusedact | a newcomer / fusedact |" in short and " | 0.400 | 0.800 | " in short
+
+
+def test_layers_and_losses_are_the_ops():
+    assert {op for op in ops.OPS if not op.startswith(rows.LAYERS)} == set(losses.LOSSES)
+    assert {case.op for case in (*cases.CASES, *cases.SMALL)} <= set(ops.OPS)
+    assert rows.CHUNKS in peers.PEERS["linear_cross_entropy"] and rows.COPY == ceilings.COPY
+
+
+@pytest.mark.parametrize("rate", [None, "fp32, TFLOP/s", "bf16, TFLOP/s"])
+@pytest.mark.parametrize("flops", [0, 10**9, 10**12])
+@pytest.mark.parametrize("limits", [{}, {"copy, GB/s": 4000.0}, {"copy, GB/s": 4000.0, "fp32, TFLOP/s": 50.0}], ids=len)
+def test_a_gpus_shares_are_the_suites(rate, flops, limits):
+    result = measured() | {"matrix_rate": rate}
+    result["phases"]["both"] |= {"flops": flops}
+    record = gpu_record("", ops={"results": {"a case": result}}, ceilings={"results": limits})
+    [row] = report.rows(record)
+    least = figures.least(result["phases"]["both"], result, limits)
+    assert row.share == (None if least is None else pytest.approx(least / row.fusedact))
+    assert figures.least({}, result, limits) is None
+
+
+def test_an_error_that_is_no_number_is_drawn(tmp_path):
+    result = measured() | {"errors": {"stock": [1e-7], "fusedact": [math.nan]}}
+    record = gpu_record("2000-01-01T00:00", ops={"results": {"a case": result}})
+    [chart] = [c for c in pictures.of_records(folder_of(tmp_path, gpu=record)) if c.name == "gpu-accuracy.png"]
+    chart.write(tmp_path)
+    assert chart.current(tmp_path)
 
 
 def test_profiles_are_a_line_each_and_a_table():

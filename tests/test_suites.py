@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedact import backend
 from fusedact.__main__ import main
 from fusedact.cli import benchmarks
-from fusedact.profiling import measure, timing
+from fusedact.profiling import ceilings, measure, timing
 from fusedact.profiling.cases import CASES, SMALL, STEPS, Case, by_name
 from fusedact.profiling.choosing import cases_for
 from fusedact.profiling.figures import contenders_of, figures, samples
+from fusedact.profiling.machine import processor
 from fusedact.profiling.ops import OPS
 from fusedact.profiling.peers import PEERS, Peer
 from fusedact.profiling.training import measure_trainer
@@ -27,6 +30,9 @@ from fusedact.profiling.training import measure_trainer
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = Case("linear_act", (64, 1, 3), "float32", "sigmoid")
+HIGH = Case("linear_act", (8, 8, 8), "float32", "relu", "high")
+SOFTMAX = Case("softmax", (8, 10), "float32")
+PLAIN = Peer(lambda case: lambda x: torch.softmax(x, 1))
 KEYS = {
     *("case", "op", "activation", "phase", "contender", "shape", "dtype", "device", "threads", "bytes", "flops"),
     *("gbps", "tflops", "share", "ratio", "ratio_low", "ratio_high", "noise", "error", "memory", "smoke"),
@@ -80,6 +86,73 @@ def test_a_replay_is_the_samples(monkeypatch):
     assert [-(clock() - clock()) for _ in seconds] == seconds
 
 
+class Asked:
+    """What was called, and with what."""
+
+    def __init__(self, answer):
+        self.calls, self.answer = [], answer
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append(args)
+        return self.answer(*args, **kwargs)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `bench/test_ops.py` asks for a case and phase."""
+    monkeypatch.setattr(measure, "_compiled", lambda *args: None)  # which takes its time
+    monkeypatch.syspath_prepend(ROOT)
+    ops, setting = (importlib.import_module(f"bench.{name}") for name in ("test_ops", "setting"))
+    return ops.Measured(setting.Setting(CPU, timing.DRY, True), lambda name: None)
+
+
+def test_a_phase_is_timed_at_the_precision_of_its_case(measured, monkeypatch):
+    precisions = []
+    real = measure.timed
+    monkeypatch.setattr(
+        measure, "timed", lambda *args: precisions.append(torch.get_float32_matmul_precision()) or real(*args)
+    )
+    for phase in ("forward", "both"):
+        measured.of(HIGH, phase)
+    assert precisions == ["high", "high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("function", ["_sets", "timed"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError),
+        (RuntimeError("no such kernel"), RuntimeError),
+    ],
+)
+def test_what_failed_is_not_tried_again(measured, monkeypatch, function, error, raised):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(measure, function, asked := Asked(failing))
+    for _ in range(3):
+        with pytest.raises(raised, match=re.escape(str(error))):
+            measured.of(TINY, "both")
+    assert len(asked.calls) == 1
+
+
+def test_what_a_host_does_is_not_a_gpus(measured):
+    measured.setting.machine["device"] = "a GPU"
+    assert measured.setting.info["device"] == "a GPU"
+    assert measured.setting.host_info == measured.setting.info | {"device": processor()}
+
+
+def test_the_statistic_of_a_launch_is_that_of_all(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    launch_cost = importlib.import_module("bench.test_launch_cost")
+    monkeypatch.setattr(launch_cost.launch, "launch", asked := Asked(lambda *args: None))
+    made = {name: launch_cost.Launch(name, (1,), (), {}) for name in ("forward", "backward")}
+    launch_cost.by_launch(made.values())
+    assert [kernel for kernel, *_ in asked.calls] == ["forward", "backward"]
+
+
 def test_what_pytest_benchmark_writes_are_the_rounds(smoke):
     data = {(b["extra_info"]["case"], b["group"], b["extra_info"]["contender"]): b for b in smoke["benchmarks"]}
     for (case, group, _), one in data.items():
@@ -112,6 +185,92 @@ def test_a_benchmark_says_what_it_is(smoke):
 
 
 # Measuring
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`timing.timed` as on a GPU, of calls that say how many µs they take; those named "waits" fail to be captured."""
+
+    def captured(calls):
+        if calls[0]() == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(replay=calls[0])
+
+    answers = {"captured": Asked(captured), "queued": lambda runs, calls: 1.0, "_launched": lambda call, count: 1.0}
+    for name, answer in (answers | {"_memory": lambda call: 0}).items():
+        monkeypatch.setattr(timing, name, answer)
+    return answers["captured"]
+
+
+def test_one_whom_no_graph_captures_changes_nothing_for_the_others(gpu):
+    def slow():
+        time.sleep(2 * timing.SHORT)
+
+    calls = {"stock": [lambda: None], "fails": [lambda: "waits"], "told": [lambda: None], "slow": [slow]}
+    found = timing.timed(calls, torch.device("cuda"), timing.DRY, waiting={"told"})
+    assert found["cold_by"] == {
+        "stock": "graph",
+        "fails": "queue, since the graph failed: operation not permitted when stream is capturing",
+        "told": "queue",
+        "slow": "queue",
+    }
+    assert set(found["times"]["cold"]) == {*calls, "again"}
+    assert [many[0] for (many,) in gpu.calls] == [calls["stock"][0], calls["fails"][0]]
+
+
+def test_peers_that_look_at_values_are_never_captured(gpu, monkeypatch):
+    monkeypatch.setattr(measure, "timed", asked := Asked(lambda *args: {}))
+    found = {"waits": Peer(PLAIN.build, waits=True), "plain": PLAIN}
+    measure.prepare(SOFTMAX, CPU, timing.DRY, peers=found).timed("both")
+    assert asked.calls[0][3] == {"waits"}
+    assert all(PEERS[op]["Liger"].waits for op in ("cross_entropy", "linear_cross_entropy"))
+
+
+def test_a_case_may_take_what_torch_keeps_and_does_not_use(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: order.append("asked") or (1, 2))
+    with pytest.raises(MemoryError, match="needs 0 GiB, free are 0"):
+        measure.prepare(TINY, torch.device("cuda"), timing.DRY)
+    assert order == ["emptied", "asked"]
+
+
+def test_the_copy_fits_what_is_free(monkeypatch):
+    monkeypatch.setattr(ceilings, "free_memory", lambda: 160)
+    monkeypatch.setattr(ceilings, "_best", lambda call, device, effort: call().numel() * 8e-3)
+    monkeypatch.setattr(torch, "randn", asked := Asked(lambda n, device: torch.zeros(n)))
+    assert ceilings.copy_gbps(torch.device("cuda"), timing.DRY) == pytest.approx(1.0)
+    assert asked.calls == [(10,)]
+
+
+def test_who_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "_compiled", lambda *args: torch.zeros_like)
+    wrong = Peer(lambda case: lambda x: torch.zeros_like(x) * x)
+    prepared = measure.prepare(SOFTMAX, CPU, timing.DRY, "default", {"wrong": wrong, "plain": PLAIN})
+    assert prepared.result["without"].keys() == {"compile", "wrong"}
+    assert prepared.result["without"]["wrong"] == "wrong, error 1.0e+00"
+    assert set(prepared.result["errors"]) == set(prepared.sets[0]) == {"stock", "fusedact", "plain"}
+
+
+def test_who_fails_on_a_later_set_is_left_out_of_all(monkeypatch):
+    def build(case):
+        if len(asked.calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return PLAIN.build(case)
+
+    asked = Asked(build)
+    monkeypatch.setattr(measure, "_set_count", lambda *args: 2)
+    prepared = measure.prepare(SOFTMAX, CPU, timing.DRY, peers={"late": Peer(asked)})
+    assert prepared.result["without"] == {"late": "RuntimeError: CUDA out of memory"}
+    assert contenders_of({"phases": {"both": prepared.timed("both")}}, "both") == ["stock", "fusedact"]
+    assert set(prepared.result["errors"]) == {"stock", "fusedact"}
+
+
+def test_a_compilers_settings_are_as_they_were():
+    before = torch._functorch.config.donated_buffer
+    prepared = measure.prepare(TINY, CPU, timing.DRY, "default")
+    assert "compile" in prepared.timed("backward")["times"]["cpu"]
+    assert torch._functorch.config.donated_buffer is before is True
 
 
 def test_every_op_has_a_case_for_a_cpu_and_no_name_twice():
@@ -175,6 +334,14 @@ def test_a_backward_alone_leaves_out_who_has_made_its_gradients(monkeypatch):
     assert "early" not in prepared.timed("backward")["times"]["cpu"]
 
 
+def test_noise_is_how_far_stock_is_from_itself():
+    """Of which the median ratio, here 1, says nothing."""
+    stock = {"median": 10.0, "samples": [10.0] * 5}
+    again = {"median": 10.0, "samples": [8.0, 8.0, 10.0, 12.5, 12.5]}
+    result = {"phases": {"both": {"times": {"cpu": {"stock": stock, "again": again}}}}}
+    assert figures(result, "both", "again", {})["noise"] == pytest.approx(0.25)
+
+
 def test_figures_are_those_of_the_times():
     times = {name: {"median": 10.0, "samples": [10.0, 10.0]} for name in ("stock", "again")}
     times["fusedact"] = {"median": 5.0, "samples": [4.0, 5.0]}
@@ -233,6 +400,52 @@ def test_bench_fails_where_a_result_is_wrong_or_none(quick, capsys, monkeypatch)
     assert (wrong, failed) == ("wrong: softmax 7x5 float32", "failed: prelu 7x5 float32")
 
 
+def test_bench_measures_without_ceilings_where_there_is_no_room_for_them(quick, capsys, monkeypatch):
+    def failing(device, effort):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setitem(ceilings.CEILINGS, ceilings.COPY, failing)
+    assert main(["bench", "--op", "softmax", "--shape", "7x5", "--no-compile", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n    both .*%[^%]*\n", printed)
+    assert "no shares, since what the device can do was not measured: CUDA out of memory" in printed
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("x: can't allocate memory: y")])
+def test_what_does_not_fit_is_no_fault(quick, capsys, monkeypatch, error):
+    def full(nn, case):
+        raise error
+
+    monkeypatch.setitem(OPS, "prelu", replace(OPS["prelu"], module=full))
+    assert main(["bench", "--op", "prelu", "--shape", "7x5", "--no-compile", "--device", "cpu"]) == 0
+    assert f"prelu 7x5 float32: without all: {error}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("nope", "unknown backend 'nope'"), ("triton", "backend 'triton' was asked for, but cannot")]
+)
+def test_bench_says_at_once_what_no_backend_can(capsys, monkeypatch, asked, said):
+    monkeypatch.setattr(backend, "_chosen", None)
+    monkeypatch.setattr(backend, "triton_problem", lambda device: "it is elsewhere")
+    monkeypatch.setenv("FUSEDACT_BACKEND", asked)
+    assert main(["bench", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and (printed.err.count("\n"), printed.out) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [(False, "expected a file in a folder that exists and can be written"), (True, "is not writable")],
+)
+def test_bench_says_at_once_what_it_cannot_write(capsys, monkeypatch, tmp_path, there, said):
+    path = tmp_path / "a.json"
+    path.write_text("") if there else None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root, whom nothing stops
+    assert main(["bench", "--json", str(path), "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and (printed.err.count("\n"), printed.out) == (1, "")
+
+
 def test_bench_lists_what_it_would_measure(capsys):
     assert main(["bench", "--list", "--op", "prelu", "--op", "bce", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == ["bce 1048576 float32", "prelu 1024x1024 float32"]
@@ -267,7 +480,9 @@ def test_bench_takes_a_shape(quick, capsys):
         (["--activation", "gelu", "--shape", "7x5", "--op", "softmax"], "activation 'gelu': softmax takes none"),
         (["--rounds", "1"], "'--rounds': Input should be greater than or equal to 2"),
         (["--threads", "0"], "'--threads': Input should be greater than or equal to 1"),
+        (["--threads", "1025"], "'--threads': Input should be less than or equal to 1024"),
         (["--device", "gpu"], "gpu: "),
+        (["--json", str(ROOT)], "'--json': "),
         (
             ["--json", "/no/such/folder/a.json"],
             "--json /no/such/folder/a.json: expected a file in a folder that exists",

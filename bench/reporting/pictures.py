@@ -36,7 +36,7 @@ class Chart:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([self.name, self.shown], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.name, self.shown, DPI], sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """Tables of the CPU suites' record: a line per op and phase for the README, a line per case and phase for the docs."""
 
+import shlex
 from statistics import geometric_mean
 
 from bench.reporting.markdown import grid
 from bench.reporting.records import SUITES
 from bench.reporting.timed import Timed, of_suites
 
-COMMAND = f"python -m pytest bench --benchmark-json=bench/results/{SUITES}"
 NO_RECORD = "No record of the suites yet."
 ON_A_CPU = """On a CPU fused layers run stock's own operations, so that their aim is 1.00 within the noise; what differs
 are whole runs, which `fit` takes without the loop's overhead, and heads, which take their logits in chunks. Ratios are
@@ -39,9 +39,10 @@ def suite_source(record: dict) -> str:
     commit, threads = record["commit_info"], machine["threads"]
     name = f"{(commit.get('id') or 'unknown')[:7]}{'-dirty' if commit.get('dirty') else ''}"
     measured = ", ".join(name.replace(",", f" {rate:.3g}") for name, rate in ceilings.items())
+    command = f"python -m pytest {shlex.join(machine['arguments'])}"
     return (
         f"{machine['device']}, {machine['cores']} cores, {threads} thread{'s' if threads > 1 else ''}, "
-        f"torch {machine['torch']}, {record['datetime'][:10]}, commit {name}:\n`{COMMAND}`,\n"
+        f"torch {machine['torch']}, {record['datetime'][:10]}, commit {name}:\n`{command}`,\n"
         f"record `bench/results/{SUITES}`. Measured ceilings: {measured}."
     )
 

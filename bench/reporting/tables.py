@@ -6,7 +6,7 @@ from bench.reporting.markdown import grid
 from bench.reporting.profile_tables import LEGEND as PROFILES_LEGEND
 from bench.reporting.profile_tables import profile_table, profiles, totals
 from bench.reporting.records import newest
-from bench.reporting.rows import CHUNKS, Row, failures, fits, rows
+from bench.reporting.rows import Row, failures, fits, rows
 
 NO_RECORD = "No GPU record yet."
 DRY = "no GPU, tiny shapes, the fallback instead of kernels. None of these are figures."
@@ -24,9 +24,9 @@ def markdown(record: dict) -> str:
     for name, section in record["sections"].items():
         parts.append(f"## {name}\n\n{_summary(section)}")
     if table := list(rows(record)):
-        parts += [f"## times\n\n{LEGEND}", _table(_FULL, table)]
+        parts += [f"## times\n\n{LEGEND}", _table((*_TIMES, *_others(table, "to {}"), *_RATES), table)]
     if losses := [row for row in table if row.loss]:
-        parts += [f"## losses\n\n{LOSSES_LEGEND}", _table(_LOSSES, losses)]
+        parts += [f"## losses\n\n{LOSSES_LEGEND}", _losses_table(losses)]
     if runs := fits(record):
         parts += ["## whole training runs", _fits_table(runs)]
     if profiled := profiles(record):
@@ -65,15 +65,16 @@ def _first(seconds: dict | None) -> str:
     return "".join(f", {name} first call {s:.1f} s" for name, s in (seconds or {}).items())
 
 
-LEGEND = """Ratios are stock or compile over fusedact, medians of interleaved rounds, of cold device time where
-nothing else is said: each call takes other inputs than the last. Noise is stock against itself. Bytes are the least
-that the phase can move. The share is of the measured ceilings. Memory is what a call holds at its peak, MiB."""
+LEGEND = """Ratios are stock, compile or others' kernels over fusedact, those in a run of their own: medians of
+interleaved rounds, of cold device time where nothing else is said: each call takes other inputs than the last. Noise is
+stock against itself. Bytes are the least that the phase can move. The share is of the measured ceilings. Memory is what
+a call holds at its peak, MiB."""
 
 LOSSES_LEGEND = """Columns from stock on are their time over fusedact's, others' kernels in a run of their own. Shares
 are of the copy's bytes, a head's of its products' FLOP/s. `no_grad` is a value alone; others make gradients with it
 where they make any."""
 
-_FULL = (
+_TIMES = (
     ("case", lambda r: r.case),
     ("phase", lambda r: r.phase),
     ("stock µs", lambda r: f"{r.stock:.4g}"),
@@ -84,6 +85,8 @@ _FULL = (
     ("launched ratio", lambda r: f"{r.launched:.3f}"),
     ("wall ratio", lambda r: f"{r.wall:.3f}"),
     ("to compile", lambda r: _optional(r.compile, ".3f")),
+)
+_RATES = (
     ("GB/s", lambda r: _optional(r.gbps, ".0f")),
     ("TFLOP/s", lambda r: _optional(r.tflops, ".1f")),
     ("share", lambda r: _optional(r.share, ".0%")),
@@ -91,27 +94,29 @@ _FULL = (
     ("target", lambda r: _optional(r.target, ".1f")),
     ("threshold", lambda r: r.threshold),
 )
-_SHORT = (
-    *_FULL[:4],
-    ("stock / fusedact", _FULL[5][1]),
-    ("compile / fusedact", _FULL[9][1]),
-    ("share of the ceiling", _FULL[12][1]),
-)
 
 
-_LOSSES = (
-    *_FULL[:2],
-    ("µs", _FULL[3][1]),
-    ("GB/s", lambda r: _optional(r.gbps, ".0f")),
-    ("share of the ceiling", lambda r: _optional(r.share, ".0%")),
-    ("stock", lambda r: f"{r.ratio:.2f}"),
-    ("torch.compile", lambda r: _optional(r.compile, ".2f")),
-    *(
-        (name, lambda r, name=name: _optional(r.others.get(name), ".2f"))
-        for name in ("Liger", "cut-cross-entropy", CHUNKS)
-    ),
-    ("memory, stock / ours", lambda r: r.memory),
-)
+def _others(rows: list[Row], heading: str = "{}", form: str = ".3f") -> tuple:
+    """A column for each of others' kernels that any of the rows has."""
+    names = dict.fromkeys(name for row in rows for name in row.others)
+    return tuple((heading.format(name), lambda r, name=name: _optional(r.others.get(name), form)) for name in names)
+
+
+def _short_table(rows: list[Row]) -> str:
+    before = (*_TIMES[:4], ("stock / fusedact", _TIMES[5][1]), ("compile / fusedact", _TIMES[9][1]))
+    return _table((*before, *_others(rows, "{} / fusedact"), ("share of the ceiling", _RATES[2][1])), rows)
+
+
+def _losses_table(rows: list[Row]) -> str:
+    before = (
+        *_TIMES[:2],
+        ("µs", _TIMES[3][1]),
+        _RATES[0],
+        ("share of the ceiling", _RATES[2][1]),
+        ("stock", lambda r: f"{r.ratio:.2f}"),
+        ("torch.compile", lambda r: _optional(r.compile, ".2f")),
+    )
+    return _table((*before, *_others(rows, form=".2f"), _RATES[3]), rows)
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -139,8 +144,8 @@ def gpu_table(results: Path) -> str:
     _, record = found
     shown = [row for row in rows(record) if row.phase != "backward"]
     losses = [row for row in shown if row.loss]
-    parts = [gpu_source(record), _table(_SHORT, [row for row in shown if not row.loss])]
-    parts += [LOSSES_LEGEND, _table(_LOSSES, losses)] if losses else []
+    parts = [gpu_source(record), _short_table([row for row in shown if not row.loss])]
+    parts += [LOSSES_LEGEND, _losses_table(losses)] if losses else []
     return "\n\n".join([*parts, *([_fits_table(runs)] if (runs := fits(record)) else [])])
 
 

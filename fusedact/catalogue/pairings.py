@@ -172,7 +172,13 @@ TASKS = (
                 targets="one-hot int64",
                 encode=lambda y: F.one_hot(y, 3),
             ),
-            Pairing("", "CrossEntropyLoss", "Class indices are int64.", targets="float32 (N)", encode=Tensor.float),
+            Pairing(
+                "",
+                "CrossEntropyLoss",
+                "Class indices are int64 or uint8.",
+                targets="float32 (N)",
+                encode=Tensor.float,
+            ),
         ),
     ),
 )

@@ -1,6 +1,7 @@
 """`fusedact bench`: ops timed beside torch's own and torch.compile's, by the functions of bench/'s suites."""
 
 import json as json_format
+import os
 import statistics
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusedact.activations import TABLE
 from fusedact.backend import uses_triton
-from fusedact.cli.options import Device, Threads, console, one_of, sizes
+from fusedact.cli.options import Device, Threads, console, implementation, one_of, sizes
 from fusedact.profiling import ceilings
 from fusedact.profiling.cases import CASES, SMALL, Case
 from fusedact.profiling.choosing import cases_for
@@ -40,9 +41,10 @@ COLUMNS = (
 FAULTS = ("wrong", "failed")
 FALLBACK = "On a CPU fused layers run torch's own operations: a ratio near 1 says that they cost nothing there."
 LEGEND = """µs: medians. stock / fused: the median of each turn's ratio, and 20 to 80 %.
-noise: how far that ratio is from 1 where stock is beside itself.
+noise: how far from 1 those 20 and 80 % are where stock is beside itself.
 GB/s, TFLOP/s: the least bytes and FLOPs over fused's time. share: the least time, by
-a measured copy and product, over it; more than 100 % is a cache's."""
+a measured copy and product, over it; more than 100 % is a cache's or, of float32
+products on a GPU, that of kernels which make each of three TF32 ones."""
 
 Ops = Annotated[
     list[Any] | None,
@@ -67,7 +69,12 @@ Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="torch.com
 Rounds = Annotated[
     int | None, typer.Option(min=2, help=f"Turns that each has; {FULL.rounds}, on a CPU {ON_CPU.rounds}.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write samples and figures as well.")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", dir_okay=False, readable=False, writable=True, help="Write samples and figures too."
+    ),
+]
 Listed = Annotated[bool, typer.Option("--list", help="Print the names of the cases, and measure none.")]
 
 
@@ -93,6 +100,7 @@ def bench(
     are measured, unless --case or --shape names others.
     """
     where = torch.empty(0, device=device).device
+    implementation(torch.empty(0, device=where))  # refuses what FUSEDACT_BACKEND asks for and cannot have
     if shape or activation:
         if case is not None or not (op and shape):
             raise typer.BadParameter("--shape and --activation: expected --op and --shape, and no --case")
@@ -102,8 +110,9 @@ def bench(
     if listed:
         print(*(case.name for case in cases), sep="\n")
         return
-    if json is not None and not json.resolve().parent.is_dir():
-        raise typer.BadParameter(f"--json {json}: expected a file in a folder that exists")
+    folder = json and json.resolve().parent
+    if folder and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise typer.BadParameter(f"--json {json}: expected a file in a folder that exists and can be written")
     found = Found(where, threads, effort_on(where, rounds), "default" if compiled else None, peers)
     try:
         found.measure(cases, (phase,) if phase else PHASES)
@@ -121,7 +130,7 @@ def bench(
 
 @dataclass
 class Found:
-    """How it is measured, and what was found so far."""
+    """How it is measured, and what was found so far. unlimited: why the ceilings were not measured."""
 
     device: torch.device
     threads: int
@@ -129,15 +138,19 @@ class Found:
     compiling: str | None
     peers: bool
     ceilings: dict[str, float] = field(default_factory=dict)
+    unlimited: str | None = None
     results: dict[Case, dict] = field(default_factory=dict)
 
     def measure(self, cases: list[Case], phases: Collection[str]) -> None:
         """These phases of every case, behind a bar."""
         with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("what the device can do", total=len(cases))
-            with undisturbed(self.device, self.threads):
-                rates = dict.fromkeys(rate for case in cases if (rate := case.matrix_rate))
-                self.ceilings = ceilings.measured((ceilings.COPY, *rates), self.device, self.effort)
+            rates = dict.fromkeys(rate for case in cases if (rate := case.matrix_rate))
+            try:
+                with undisturbed(self.device, self.threads):
+                    self.ceilings = ceilings.measured((ceilings.COPY, *rates), self.device, self.effort)
+            except RuntimeError as error:  # memory that others hold
+                self.unlimited = str(error).partition("\n")[0]
             for case in cases:
                 progress.update(bar, description=case.name)
                 with undisturbed(self.device, self.threads):
@@ -152,7 +165,7 @@ class Found:
             if prepared.result["verdict"] == "wrong":
                 return prepared.result
             timed = {phase: prepared.timed(phase) for phase in OPS[case.op].phases if phase in phases}
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except MemoryError as error:
             return {"verdict": "too large", "without": {"all": str(error).partition(". ")[0]}}
         except RuntimeError as error:
             return {"verdict": "failed", "without": {"all": str(error).partition("\n")[0]}}
@@ -217,7 +230,8 @@ def _lines(found: Found) -> Iterator[str]:
         ours = figures(result, phase, "fusedact", found.ceilings)
         shown = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         ratio = f"{ours['ratio']:.2f} ({ours['ratio_low']:.2f}-{ours['ratio_high']:.2f})"
-        rates = f"{ours['gbps']:>5.3g} {ours['tflops']:>7.2g} {ours['share']:>5.0%}"
+        share = f"{ours['share']:>5.0%}" if ours["share"] is not None else ""
+        rates = f"{ours['gbps']:>5.3g} {ours['tflops']:>7.2g} {share}".rstrip()
         yield f"{phase:>8} {shown} {ratio:>16} {ours['noise']:>5.1%} {rates}"
 
 
@@ -226,9 +240,11 @@ def _remarks(found: Found) -> Iterator[str]:
     yield LEGEND
     facts = machine(found.device, found.threads)
     threads = f", threads: {found.threads}" if found.device.type == "cpu" else ""
-    limits = ", ".join(f"{name} {value:.3g}" for name, value in found.ceilings.items())
+    limits = ", ".join(f"{name} {value:.3g}" for name, value in found.ceilings.items()) or "no ceiling"
     versions = ", ".join(f"{package} {facts[package]}" for package in ("torch", "triton", "python"))
     yield f"{facts['device']} ({facts['machine']}, cores: {facts['cores']}{threads}); {versions}; measured: {limits}"
+    if found.unlimited:
+        yield f"no shares, since what the device can do was not measured: {found.unlimited}"
     if not uses_triton(torch.empty(0, device=found.device)):
         yield FALLBACK
     for case, result in found.results.items():

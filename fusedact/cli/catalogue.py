@@ -16,7 +16,7 @@ from fusedact import plotting
 from fusedact.catalogue import SNIPPETS, TASKS, Comparison, Outcome, Values, values
 from fusedact.catalogue import compare as compare_pairings
 from fusedact.cli.options import Device, console, implementation
-from fusedact.cli.training import Out
+from fusedact.cli.training import _folder as folder
 from fusedact.data import write_whole
 from fusedact.plotting import losses
 
@@ -29,14 +29,17 @@ COLUMNS = (
 )
 NEAR = 0.01  # shares of right rows no farther apart than this count as equal
 
+NARROW = 60  # columns of a terminal under which a table's cells stand without space around them
+
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the pairings' data and first weights.")]
+Out = Annotated[
+    Any,
+    typer.Option(parser=folder, metavar="DIR", help="For both tables as CSV and the pairings' course as a picture."),
+]
 
 
 def catalogue(*, seed: Seed = 0, device: Device, out: Out = None) -> None:
-    """Print the loss tutorials' values beside ours, then train by each right and each usual wrong pairing.
-
-    --out also writes both as CSV, and the pairings' course as a picture.
-    """
+    """Print the loss tutorials' values beside ours, then train by each right and each usual wrong pairing."""
     torch.set_num_threads(1)  # two stall on networks as small as these
     made = torch.zeros((), device=device)
     print(f"catalogue: {made.device}; {implementation(made)}; seed {seed}")
@@ -51,15 +54,23 @@ def catalogue(*, seed: Seed = 0, device: Device, out: Out = None) -> None:
         print(*_save(out, printed, compared), sep="\n")
 
 
+def _table(texts: int, *heads: str) -> Table:
+    """An empty table whose first columns are texts, folded where there is no room, and whose others are numbers."""
+    table = Table(*heads, padding=(0, int(console.width >= NARROW)))
+    for column in table.columns[:texts]:
+        column.overflow = "fold"
+    for column in table.columns[texts:]:
+        column.justify, column.no_wrap = "right", True
+    return table
+
+
 def _snippet_table(printed: list[Values]) -> Table:
-    table = Table("text, by", "inputs, what it prints", "from\nstock", "from\nfloat64")
+    table = _table(2, "text, by", "inputs, what it prints", "from\nstock", "from\nfloat64")
     table.title = "What the tutorials' snippets print"
     table.caption = (
         "By tutorial; 004* states it without code. Distances are absolute. 001 and 003 print their inputs rounded "
         "to four digits, so the last of theirs can differ by one."
     )
-    for column in table.columns:
-        column.overflow = "fold"
     for found in printed:
         snippet = found.snippet
         ours_stock, ours_truth, stock_truth = map("{:.1e}".format, found.differences())
@@ -74,27 +85,34 @@ def _snippet_table(printed: list[Values]) -> Table:
     return table
 
 
-def _print_comparison(compared: Comparison) -> None:
+def _comparison_table(compared: Comparison) -> Table:
     task = compared.task
-    table = Table("", "output + loss", "cost", "-log p", "right", "p apart")
+    table = _table(1, "output + loss", "cost", "-log p", "right", "p apart")
     table.title = f"{task.name}: outputs {task.outputs}, targets {task.targets}, decided by {task.decision}"
     table.caption = (
         "-log p: of what was true of held-out rows, by the probabilities that the model then claims; right: the share "
         "of those rows; p apart: the farthest from the first pairing's. "
         f"The chances that drew the labels reach {compared.best_log_loss:.3f} and {compared.best_accuracy:.1%}."
     )
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for outcome in compared.outcomes:
-        kind = "right" if outcome.pairing.right else "wrong"
-        if outcome.error:
-            table.add_row(kind, outcome.pairing.name, "raises")
-            continue
-        _, cost, log_loss, accuracy = outcome.looks[-1]
-        numbers = f"{cost:.4f}", f"{log_loss:.3f}", f"{accuracy:.1%}", f"{outcome.farthest:.1e}"
-        table.add_row(kind, outcome.pairing.name, *numbers)
+    for kind, right in (("right", True), ("wrong", False)):
+        table.add_section()
+        table.add_row(f"[bold]{kind}[/bold]")
+        for outcome in compared.outcomes:
+            if outcome.pairing.right == right:
+                table.add_row(escape(outcome.pairing.name), *_numbers(outcome))
+    return table
+
+
+def _numbers(outcome: Outcome) -> tuple[str, ...]:
+    if outcome.error:
+        return ("raises",)
+    _, cost, log_loss, accuracy = outcome.looks[-1]
+    return f"{cost:.4g}", f"{log_loss:.3f}", f"{accuracy:.1%}", f"{outcome.farthest:.1e}"
+
+
+def _print_comparison(compared: Comparison) -> None:
     console.print()
-    console.print(table)
+    console.print(_comparison_table(compared))
     for outcome in compared.outcomes:
         pairing = outcome.pairing
         console.print(f"[bold]{escape(pairing.name)}[/bold]: {escape(' '.join([pairing.why, outcome.error]))}")

@@ -59,4 +59,4 @@ Device = Annotated[
         show_default="cuda if there is one",
     ),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Torch's on a CPU; two stall on small networks.")]
+Threads = Annotated[int, typer.Option(min=1, max=1024, help="Torch's on a CPU; two stall on small networks.")]

@@ -1,8 +1,10 @@
 """`fusedact plot activations | xor | mnist | curves | losses`: pictures."""
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +64,7 @@ def activations(
     dpi: Dpi = 150,
 ) -> None:
     """Draw each activation with its derivative: a gallery of all, or of those named, and a picture of each."""
-    panels = [catalogue.panel(name) for name in names or catalogue.names()]
+    panels = [catalogue.panel(name) for name in dict.fromkeys(names or catalogue.names())]
     if len(panels) > 1:
         _write(out, dpi, {"activations": catalogue.gallery(panels)})
     singles = track(panels, "drawing", console=console, disable=not console.is_terminal, transient=True)
@@ -118,15 +120,16 @@ def mnist(
 ) -> None:
     """Draw digits with a model's predictions, the most confidently wrong among them, and its confusion matrix."""
     given = {"epochs": epochs, "lr": lr, "seed": seed, "rows": rows}
-    made: Any = _trainer(trainer, **given, data=data, download=download, device=device)
+    where = {"data": data, "download": download, "device": device}
     if checkpoint is None:
+        made = _trainer(trainer, **given, **where)
         _trained({made.name: made}, threads)
         done: int | None = made.done
     else:
         if unused := [name for name, value in given.items() if value is not None]:
             raise typer.BadParameter(f"--checkpoint holds a trained model, which takes no --{unused[0]}")
         torch.set_num_threads(threads)
-        done = _load(made, checkpoint)
+        made, done = _loaded(trainer, checkpoint, where)
     _write(out, dpi, _digit_figures(made, done))
 
 
@@ -197,19 +200,23 @@ def _trained(trainers: Mapping[str, Trainer], threads: int) -> dict[str, Run]:
     return runs
 
 
-def _load(trainer: Trainer, path: Path) -> int | None:
-    """Fills the trainer's model from a checkpoint; the number of epochs behind it, where that is on record."""
+def _loaded(kind: type[Trainer], path: Path, where: dict[str, Any]) -> tuple[Trainer, int | None]:
+    """A checkpoint's model in a trainer that tests as its own did; the epochs behind it, where they are on record."""
     try:
         state, run = load_run(path)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    settings = {"data": "None", "raw_pixels": "False"} | run.get("settings", {})  # all are text
+    if where["data"] is None and settings["data"] != "None":
+        where = where | {"data": Path(settings["data"])}
+    trainer = _trainer(kind, **where, raw_pixels=settings["raw_pixels"] == "True")
     try:
         trainer.model.load_state_dict(state)
     except RuntimeError as error:
         raise typer.BadParameter(
             f"{path}: holds no model of {trainer.name}; --trainer is one of {', '.join(MNIST)}"
         ) from error
-    return run.get("epochs")
+    return trainer, run.get("epochs")
 
 
 @torch.no_grad()
@@ -250,11 +257,20 @@ def _read_costs(path: Path) -> dict[str, list[float]]:
     costs: dict[str, list[float]] = {}
     try:
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                costs.setdefault(row["run"], []).append(float(row["cost"]))
+            lines = csv.DictReader(file)
+            for row in lines:
+                run, epoch = costs.setdefault(row["run"], []), row["epoch"]
+                if epoch != str(len(run) + 1):
+                    raise typer.BadParameter(
+                        f"{path}, line {lines.line_num}: expected epoch {len(run) + 1} of run {row['run']!r}, "
+                        f"found {epoch!r}"
+                    )
+                run.append(float(row["cost"]))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         fault = f"no column {error}" if isinstance(error, KeyError) else error
         raise typer.BadParameter(f"{path}: expected a CSV of train or compare: {fault}") from error
     if not 1 <= len(costs) <= MOST_CURVES:
         raise typer.BadParameter(f"{path}: expected 1 to {MOST_CURVES} runs, found {len(costs)}")
+    if not any(map(math.isfinite, chain(*costs.values()))):
+        raise typer.BadParameter(f"{path}: expected a cost that is finite, found none")
     return costs

@@ -159,7 +159,7 @@ def _derivative(function: Function, x: Tensor) -> Tensor:
 
 def _draw(axes: Axes, one: Panel) -> None:
     """Lines broken at jumps: a full dot on the value at the jump, a hollow one on a side that is not reached."""
-    from matplotlib.ticker import MaxNLocator, MultipleLocator
+    from matplotlib.ticker import MaxNLocator
 
     tidy(axes)
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -179,5 +179,5 @@ def _draw(axes: Axes, one: Panel) -> None:
     if any(len(curve.jumps) for curve in one.curves.values()):
         axes.plot([], [], "o", color=GREY, label="at a jump")
     axes.set_title("\n".join(filter(None, (one.name, one.note))), loc="left", fontsize=SMALL)
-    axes.xaxis.set_major_locator(MultipleLocator(2))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import cycle, pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedact.plotting.style import BLUE, GREEN, GREY, INK, ORANGE, SMALL, WIDTH, page, tidy
@@ -48,7 +48,7 @@ Look = tuple[str, str, float]  # colour, marker, its size
 class Speedup(NamedTuple):
     """One contender in one phase of a case: stock's time over its own, with 20 and 80 % points.
 
-    noise: of stock against itself, the same for every contender of a phase.
+    noise: of stock against itself, in the run that the contender was timed in.
     """
 
     group: str
@@ -90,16 +90,21 @@ class Errors(NamedTuple):
 
 
 def speedups(bars: Sequence[Speedup], title: str, caption: str) -> Figure:
-    """A dot for each contender, with whiskers from 20 to 80 %: a row a case, a panel a phase."""
+    """A dot for each contender, with whiskers from 20 to 80 %: a row a case, a panel a phase.
+
+    Grey is the noise of fusedact's run, or the most where it was not timed.
+    """
     phases = list(dict.fromkeys(bar.phase for bar in bars))
     places = _rows((bar.group, bar.label) for bar in bars)
     figure = _titled(1.9 + ROW * (max(places.values()) + 1), title)
     panels = figure.subplots(1, len(phases), sharex=True, sharey=True, squeeze=False)[0]
     looks = _looks(bar.contender for bar in bars)
-    low, high = min(0.95, *(bar.low for bar in bars)) / 1.03, max(1.05, *(bar.high for bar in bars)) * 1.03
+    low = min([0.95, *(bar.low for bar in bars if bar.low > 0)]) / 1.03
+    high = max([1.05, *(bar.high for bar in bars)]) * 1.03
     for axes, phase in zip(panels, phases, strict=True):
         shown = [bar for bar in bars if bar.phase == phase]
-        for place, noise in {places[bar.group, bar.label]: bar.noise for bar in shown}.items():
+        for key, noise in _noises(shown).items():
+            place = places[key]
             axes.fill_betweenx((place - 0.4, place + 0.4), 1 / (1 + noise), 1 + noise, color="#d0d0d0", linewidth=0)
         for at, (contender, (color, marker, size)) in enumerate(looks.items()):
             mine = [bar for bar in shown if bar.contender == contender]
@@ -116,6 +121,14 @@ def speedups(bars: Sequence[Speedup], title: str, caption: str) -> Figure:
     panels[0].set_xticks([], minor=True)
     _legend(figure, looks)
     return _captioned(figure, caption)
+
+
+def _noises(bars: Iterable[Speedup]) -> dict[tuple[str, str], float]:
+    """Of each (group, label)."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for bar in bars:
+        found.setdefault((bar.group, bar.label), {})[bar.contender] = bar.noise
+    return {key: noises.get("fusedact", max(noises.values())) for key, noises in found.items()}
 
 
 def roofline(kernels: Sequence[Kernel], gbps: float, tflops: Mapping[str, float], title: str, caption: str) -> Figure:
@@ -205,7 +218,11 @@ def memory(held: Sequence[Held], title: str, caption: str) -> Figure:
 
 
 def accuracy(errors: Sequence[Errors], title: str, caption: str) -> Figure:
-    """Our error against stock's on logarithmic scales, with the line that the contract draws; the nearest are named."""
+    """Our error against stock's on logarithmic scales, with the line that the contract draws; the nearest are named.
+
+    NaN is drawn as infinity, at the edge.
+    """
+    errors = [each._replace(stock=_or_infinite(each.stock), ours=_or_infinite(each.ours)) for each in errors]
     figure = _titled(7, title)
     axes = figure.subplots()
     looks = _looks(each.dtype for each in errors)
@@ -229,11 +246,20 @@ def accuracy(errors: Sequence[Errors], title: str, caption: str) -> Figure:
     axes.annotate("as stock", (floor * 4, floor * 4), (8, -4), textcoords="offset points", color=GREY, fontsize=SMALL)
     _legend(figure, looks)
     _captioned(figure, caption)
-    by_nearness = sorted(errors, key=lambda each: each.ours / (2 * each.stock + 1e-6), reverse=True)
+    by_nearness = sorted(errors, key=_nearness, reverse=True)
     named = [each.label if rank < NAMED else "" for rank, each in enumerate(by_nearness)]
     at = [(inside(each.stock), inside(each.ours)) for each in by_nearness]
     _place(figure, at, named, [INK] * len(named))
     return figure
+
+
+def _or_infinite(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _nearness(error: Errors) -> float:
+    """1 on the line, more beyond it."""
+    return math.inf if error.ours == math.inf else error.ours / (2 * error.stock + 1e-6)
 
 
 def _titled(height: float, title: str) -> Figure:
@@ -242,17 +268,21 @@ def _titled(height: float, title: str) -> Figure:
 
 
 def _looks(names: Iterable[str]) -> dict[str, Look]:
-    """Stock's and ours are the same in every chart; stock's first, so that others are drawn over it."""
+    """Stock's and ours are the same in every chart; stock's first, so that others are drawn over it.
+
+    Where others are more than OTHERS, colours come again with the next one's marker.
+    """
     found = sorted(dict.fromkeys(names), key=lambda name: name != "stock")
-    others = iter(OTHERS)
+    turns, colors = range(len(OTHERS)), [color for color, _, _ in OTHERS]
+    others = cycle((colors[at], *OTHERS[(at + turn) % len(OTHERS)][1:]) for turn, at in product(turns, turns))
     return {name: LOOKS.get(name) or next(others) for name in found}
 
 
 def _ticks(low: float, high: float, least: float) -> list[float]:
-    """Those of TICKS that put most marks on the axis, no two nearer than that share of it."""
+    """Those of TICKS that put most marks on the axis, no two nearer than that share of it; else 1 alone."""
     inside = [[tick for tick in ticks if low <= tick <= high] for ticks in TICKS]
     nearest = (high / low) ** least
-    return max((t for t in inside if all(b / a >= nearest for a, b in pairwise(t))), key=len)
+    return max((t for t in inside if all(b / a >= nearest for a, b in pairwise(t))), key=len, default=[1])
 
 
 def _figure(number: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fusedact.plotting.style import tidy
@@ -26,7 +25,7 @@ def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Cost by epoch of up to four runs: for each name, its cost after epochs 1, 2, ...
 
     Many epochs are drawn as the means of equally many each. The scale is logarithmic where the costs are
-    positive and span more than a factor of 10.
+    positive and span more than a factor of 10. Names are written as they are, whatever matplotlib makes of `$` or `_`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -37,19 +36,31 @@ def training_curves(costs: Mapping[str, Sequence[float]], title: str) -> Figure:
     axes = figure.add_subplot(ylabel="cost", xlabel="epoch" if size == 1 else f"epoch (means of {size})")
     axes.set_title(title, loc="left")
     lines = LINES if len(costs) > 1 else LINES[2:]
-    for (name, values), line in zip(costs.items(), lines, strict=False):
-        means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
+    for values, line in zip(costs.values(), lines, strict=False):
+        means = [sum(some) / len(some) for some in (values[i : i + size] for i in range(0, len(values), size))]
         ends = [min(i + size, len(values)) for i in range(0, len(values), size)]
         marker = "o" if epochs <= 30 else ""
-        axes.plot(ends, means, label=f"{name}: {values[-1]:.4g}", marker=marker, **line)  # type: ignore[arg-type]
+        axes.plot(ends, means, marker=marker, **line)  # type: ignore[arg-type]
     finite = [value for values in costs.values() for value in values if math.isfinite(value)]
     if finite and 0 < 10 * min(finite) < max(finite):
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    margin = 0.05 * max(epochs - 1, 1)
+    axes.set_xlim(1 - margin, epochs + margin)
     tidy(axes)
-    axes.legend(frameon=False, title="cost at the end")
+    legend = axes.legend(axes.lines, ["-"] * len(axes.lines), frameon=False, title="cost at the end")
+    for text, (name, values) in zip(legend.get_texts(), costs.items(), strict=False):
+        text.set(text=f"{name}: {_end(values)}", parse_math=False)
     return figure
+
+
+def _end(costs: Sequence[float]) -> str:
+    """The last cost, or the epoch from which on none is finite."""
+    if math.isfinite(costs[-1]):
+        return f"{costs[-1]:.4g}"
+    last = max((epoch for epoch, cost in enumerate(costs, 1) if math.isfinite(cost)), default=0)
+    return f"not finite from epoch {last + 1:,}"
 
 
 def sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 def _draw_clamp(axes: Axes) -> None:
     """BCELoss of t = 1 where p is tiny: the cost ends at 100, the derivative at 1e12."""
-    p = torch.logspace(SMALLEST, -EDGE, POINTS, dtype=torch.float64)
+    p = torch.logspace(SMALLEST, math.log10(1 - EDGE), POINTS, dtype=torch.float64)
     cost, slope = curve(_against(F.binary_cross_entropy, 1.0), p)
     axes.plot(p, cost, color=ORANGE, label="cost", **COST)  # type: ignore[arg-type]
     axes.set(xscale="log", ylim=(0, 110), xticks=[1e-60, 1e-40, 1e-20, 1])
@@ -183,7 +184,8 @@ def table(tasks: Sequence[Task]) -> Figure:
     axes.axhline(len(rows), color=GREY, linewidth=1.0)
     note = (
         "Launches of fusedact's kernels from the logits to the cost, and back. After a Linear in a Sequential, Sigmoid "
-        "is in the layer's own launch;\nfuse(model, loss) makes LogSoftmax + NLLLoss one cross-entropy."
+        "is in the layer's own launch;\nfuse(model, loss) makes LogSoftmax + NLLLoss one cross-entropy in training, "
+        "and joins a Linear before them to it."
     )
     write(0, len(rows) + 0.8, note, color=GREY)
     return figure

@@ -26,14 +26,14 @@ def figures(result: dict, phase: str, name: str, ceilings: Mapping[str, float]) 
     """Of a contender in one phase of what `measure` found, of an op or a trainer.
 
     ratio: stock's time over this one's, of each round: the median, and ratio_low and ratio_high, 20 and 80 %
-    noise: how far from 1 that ratio is of stock beside itself
+    noise: how far from 1 the ratio's 20 and 80 % of stock beside itself are, the larger of the two
     gbps, tflops: the least bytes and FLOPs over the time; share: the least time, by the measured ceilings, over it
     error: the worst relative error against float64 of value and gradients
     launched, wall: on a GPU, where times are cold device time, medians in µs
     """
     measured = result["phases"][phase]
     times = next(iter(measured["times"].values()))
-    microseconds, ratio = times[name]["median"], ratios(times, name)
+    microseconds, ratio, itself = times[name]["median"], ratios(times, name), ratios(times, "again")
     moved, flops, floor = measured.get("bytes"), measured.get("flops"), least(measured, result, ceilings)
     errors = result.get("errors", {}).get(name)
     others = {clock: measured["times"][clock][name]["median"] for clock in CLOCKS if clock in measured["times"]}
@@ -46,7 +46,7 @@ def figures(result: dict, phase: str, name: str, ceilings: Mapping[str, float]) 
         "ratio": ratio["median"],
         "ratio_low": ratio["p20"],
         "ratio_high": ratio["p80"],
-        "noise": abs(ratios(times, "again")["median"] - 1),
+        "noise": max(abs(itself[point] - 1) for point in ("p20", "p80")),
         "error": max(errors) if errors else None,
         "memory": measured.get("memory", {}).get(name),
         **others,

@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from types import MappingProxyType
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from fusedact.profiling.cases import Case, Step
 from fusedact.profiling.contenders import Contender, contenders, output_gradient
 from fusedact.profiling.ops import OPS, work
 from fusedact.profiling.peers import PEERS, Peer
-from fusedact.profiling.timing import FULL, INDUCTOR, Call, Effort, seconds_of, timed
+from fusedact.profiling.timing import FULL, INDUCTOR, Call, Effort, free_memory, seconds_of, timed
 from fusedact.trainers import LAYERS, TRAINERS
 
 Sets = list[dict[str, Contender]]  # of inputs, each with who runs on it
@@ -29,7 +31,7 @@ WRONG = 8  # times stock's error: such a kernel is not timed
 class Prepared:
     """A case whose contenders are built and compared with the truth; a wrong kernel's is not to be timed.
 
-    early: those whose gradients are made in forward, so that a backward alone says nothing of them.
+    peers: the others' kernels that were asked for.
     result: the case's facts, errors and verdict; `without` says why a contender is left out.
     """
 
@@ -38,17 +40,38 @@ class Prepared:
     effort: Effort
     sets: Sets
     dys: list[Tensor]
-    early: frozenset[str]
+    peers: Mapping[str, Peer]
     result: dict
 
+    @torch._functorch.config.patch(donated_buffer=False)  # the backward alone runs many times on one graph
     def timed(self, phase: str) -> dict:
-        """Least bytes and FLOPs of the phase, and every contender's times."""
-        names = [name for name in self.sets[0] if phase != "backward" or name not in self.early]
+        """Least bytes and FLOPs of the phase, and every contender's times, at the case's precision.
+
+        Raises MemoryError where the phase does not fit the device.
+        """
+        torch.set_float32_matmul_precision(self.case.precision)
+        early = {name for name, peer in self.peers.items() if peer.early}
+        names = [name for name in self.sets[0] if phase != "backward" or name not in early]
+        waiting = {name for name, peer in self.peers.items() if peer.waits}
         pairs = list(zip(self.sets, self.dys, strict=True))
-        calls = {name: [runs[name].call(phase, dy) for runs, dy in pairs] for name in names}
-        return asdict(work(self.case, phase)) | timed(calls, self.device, self.effort)
+        with _one_memory_error():
+            calls = {name: [runs[name].call(phase, dy) for runs, dy in pairs] for name in names}
+            return asdict(work(self.case, phase)) | timed(calls, self.device, self.effort, waiting)
 
 
+@contextmanager
+def _one_memory_error() -> Iterator[None]:
+    """What torch raises where a GPU's or the machine's memory does not suffice becomes a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(str(error).partition("\n")[0]) from None
+        raise
+
+
+@_one_memory_error()
+@torch._functorch.config.patch(donated_buffer=False)
 def prepare(
     case: Case,
     device: torch.device,
@@ -56,7 +79,7 @@ def prepare(
     compiling: str | None = None,
     peers: Mapping[str, Peer] = MappingProxyType({}),
 ) -> Prepared:
-    """The case's contenders; their errors against float64.
+    """The case's contenders; their errors against float64. Who errs as a wrong kernel does is left out.
 
     compiling: the mode in which torch.compile takes part.
     Raises MemoryError where the case does not fit the device.
@@ -66,32 +89,40 @@ def prepare(
     truth = _truth(case, sets[0]["stock"], dys[0])
     errors = {name: _errors(sets[0][name], dys[0], truth) for name in ("stock", "fusedact")}
     result = _facts(case, sets) | _verdict(case, errors, truth) | {"without": {}}
-    early = frozenset(name for name, peer in peers.items() if peer.early)
-    prepared = Prepared(case, device, effort, sets, dys, early, result)
+    prepared = Prepared(case, device, effort, sets, dys, peers, result)
     if result["verdict"] == "wrong":
         return prepared
+
+    def compiled_runs() -> list[Contender]:
+        runs = [each.pop("compile") for each in sets]
+        result["compile_s"] = seconds_of(runs[0].call("both", dys[0]))
+        return runs
+
+    def peers_runs(peer: Peer) -> list[Contender]:
+        return [peer.contender(case, runs["stock"]) for runs in sets]
+
     if compiled is not None:
-        with _left_out(result["without"], "compile"):
-            result["compile_s"] = seconds_of(sets[0]["compile"].call("both", dys[0]))
-            errors["compile"] = _errors(sets[0]["compile"], dys[0], truth)
-        if "compile" in result["without"]:
-            for runs in sets:
-                del runs["compile"]
+        _admit(prepared, "compile", compiled_runs, truth)
     for name, peer in peers.items():
-        with _left_out(result["without"], name):
-            errors[name] = _errors(peer.contender(case, sets[0]["stock"]), dys[0], truth)
-            for runs in sets:
-                runs[name] = peer.contender(case, runs["stock"])
+        _admit(prepared, name, partial(peers_runs, peer), truth)
     return prepared
 
 
-@contextmanager
-def _left_out(without: dict[str, str], name: str) -> Iterator[None]:
-    """Notes why this contender cannot run: not installed, not of this torch, not for this device, no compiler."""
+def _admit(prepared: Prepared, name: str, made: Callable[[], list[Contender]], truth: list[Tensor]) -> None:
+    """On every set, or on none, with the reason: not installed, not for this torch or device, no compiler, wrong."""
+    errors, without = prepared.result["errors"], prepared.result["without"]
     try:
-        yield
+        runs = made()
+        found = _errors(runs[0], prepared.dys[0], truth)
     except Exception as error:
         without[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        return
+    if not _within(WRONG, found, errors["stock"], prepared.case, truth):
+        without[name] = f"wrong, error {max(found):.1e}"
+        return
+    errors[name] = found
+    for each, run in zip(prepared.sets, runs, strict=True):
+        each[name] = run
 
 
 def measure_case(case: Case, device: torch.device, effort: Effort, compiling: str | None) -> dict:
@@ -116,7 +147,7 @@ def _sets(
 ) -> tuple[Sets, list[Tensor]]:
     """Contenders on enough inputs, and the dy of each; `copies` of the inputs are still to come."""
     needed = (HELD + copies) * max(work(case, "forward").bytes, _logits_bytes(case))
-    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
+    if device.type == "cuda" and needed > (free := free_memory()):
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB, free are {free / 2**30:.0f}")
     torch.set_float32_matmul_precision(case.precision)
     with torch.device(device):
@@ -134,6 +165,7 @@ def _facts(case: Case, sets: Sets) -> dict:
     return asdict(case) | {"matrix_rate": case.matrix_rate, "sets": len(sets), "gradient_bytes": gradients}
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # as `prepare` compiles it
 def warm_case(case: Case, device: torch.device) -> dict:
     """Seconds of the first call, forward with backward: what is compiled then, `measure_case` finds on disk."""
     torch.set_float32_matmul_precision(case.precision)
@@ -163,15 +195,19 @@ def _errors(run: Contender, dy: Tensor, truth: list[Tensor]) -> list[float]:
 
 
 def _verdict(case: Case, errors: dict[str, list[float]], truth: list[Tensor]) -> dict:
-    """accurate: at most twice stock's, plus 1e-6 (for a handful of numbers one rounding more); wrong: far from it."""
-    slack = [1e-6 + (torch.finfo(case.torch_dtype).eps if true.numel() < 32 else 0) for true in truth]
+    """accurate: at most twice stock's, plus 1e-6; wrong: far from it."""
 
     def within(factor: int) -> bool:
-        three = zip(errors["fusedact"], errors["stock"], slack, strict=True)
-        return all(ours <= factor * (stock + room) for ours, stock, room in three)
+        return _within(factor, errors["fusedact"], errors["stock"], case, truth)
 
     verdict = "accurate" if within(2) else "inaccurate" if within(WRONG) else "wrong"
     return {"errors": errors, "verdict": verdict}
+
+
+def _within(factor: int, errors: list[float], stocks: list[float], case: Case, truth: list[Tensor]) -> bool:
+    """At most so many times stock's, plus 1e-6, for a handful of numbers one rounding more."""
+    slack = [1e-6 + (torch.finfo(case.torch_dtype).eps if true.numel() < 32 else 0) for true in truth]
+    return all(own <= factor * (stock + room) for own, stock, room in zip(errors, stocks, slack, strict=True))
 
 
 def measure_step(step: Step, device: torch.device, effort: Effort) -> dict:
@@ -203,7 +239,6 @@ def _in_turn(step: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor]]) 
 
 def _compiled(case: Case, mode: str, compiler: str) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # else the second shape would be compiled as a dynamic one
-    torch._functorch.config.donated_buffer = False  # the backward alone runs many times on one graph
     return torch.compile(OPS[case.op].formula(case), backend=compiler, mode=mode if compiler == INDUCTOR else None)
 
 

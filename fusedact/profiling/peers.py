@@ -21,11 +21,13 @@ class Peer:
 
     overwrites: the gradient goes where x was, so that it is given an x of its own.
     early: gradients are made in forward, so that a backward alone says nothing.
+    waits: it looks at the device's values meanwhile, which no graph can capture.
     """
 
     build: Callable[[Case], Callable[..., Tensor]]
     overwrites: bool = False
     early: bool = False
+    waits: bool = False
 
     def contender(self, case: Case, stock: Contender) -> Contender:
         """On stock's arguments."""
@@ -95,12 +97,12 @@ def _attorch(name: str, *args: int) -> Callable[[Case], Callable[..., Tensor]]:
 
 PEERS = {
     "cross_entropy": {
-        "Liger": Peer(_liger_cross_entropy, overwrites=True, early=True),
+        "Liger": Peer(_liger_cross_entropy, overwrites=True, early=True, waits=True),
         "attorch": Peer(_attorch("CrossEntropyLoss")),
     },
     "linear_cross_entropy": {
-        "Liger": Peer(_liger_head, early=True),
-        "cut-cross-entropy": Peer(_cut_head),
+        "Liger": Peer(_liger_head, early=True, waits=True),
+        "cut-cross-entropy": Peer(_cut_head, waits=True),
         "torch's chunks": Peer(_torch_chunks, early=True),
     },
     "linear_act": {"attorch": Peer(_attorch_layer)},

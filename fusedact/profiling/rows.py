@@ -1,4 +1,8 @@
-"""The table of a profile: a row an operation, of a GPU by the kernels that it launched."""
+"""The table of a profile: a row an operation, of a GPU by the kernels that it launched.
+
+Time and bytes are of the same calls, those that are counted as torch dispatches them: a clone has the time of the
+copy in it, which is no call of its own.
+"""
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -28,61 +32,68 @@ RATES: dict[int, Callable[[str], str]] = {  # the ceiling of FLOPs, by the width
 class Row:
     """An operation in a step: calls, on a GPU launches, µs, bytes and FLOPs by width; what is not known is None.
 
-    us: without the operations that it calls, which whole_us includes. share: of the least time that the measured
-    ceilings allow in whole_us; above 1 where a cache served.
+    share: of the least time that the measured ceilings allow in us; above 1 where a cache served, or tensor cores a
+    float32 product.
     """
 
     name: str
     calls: float
     us: float
-    whole_us: float
     kernels: list[str] = field(default_factory=list)
     bytes: int | None = None
     flops: dict[int, int] = field(default_factory=dict)
     share: float | None = None
 
-    def add(self, count: Count | None) -> None:
-        if count is not None and count.bytes:
+    def add(self, count: Count) -> None:
+        if count.bytes:
             self.bytes, self.flops = count.bytes, {width: flops for width, flops in count.flops.items() if flops}
 
     def set_share(self, ceilings: dict[str, float], precision: str) -> None:
-        if self.bytes is None or not self.whole_us:
+        if self.bytes is None or not self.us:
             return
         least = self.bytes / ceilings[COPY] * 1e-3
         for width, flops in self.flops.items():
             if width in RATES:
                 least = max(least, flops / ceilings[RATES[width](precision)] * 1e-6)
-        self.share = least / self.whole_us
+        self.share = least / self.us
 
 
 def of_host(recorded: profile, steps: int, counts: Counts) -> list[Row]:
-    """Each operation's own time, without those that it calls; the longest first, and last all that is no operation.
+    """Each operation, with what it calls where it is counted; the longest first, and last all that is no operation.
 
     Times are the medians of the steps: one that the system interrupts counts no more than another.
     """
     events = recorded.events() or []
     starts = sorted(event.time_range.start for event in events if event.name == STEP)
-    own: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
-    whole: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
+    times: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
     calls: Counter[str] = Counter()
     for event in events:
         step = bisect_right(starts, event.time_range.start) - 1
         if step < 0:
             continue
-        name = event.name if event.name.startswith(OPERATIONS) else OTHER
-        calls[name] += 1
-        own[name][step] += event.self_cpu_time_total
-        whole[name][step] += event.cpu_time_total
-    rows = [Row(name, calls[name] / steps, median(own[name]), median(whole[name])) for name in own]
+        part_of = _counted_around(event, counts)
+        name = part_of.name if part_of.name in counts or part_of.name.startswith(OPERATIONS) else OTHER
+        calls[name] += name != OTHER and part_of is event
+        times[name][step] += event.self_cpu_time_total
+    rows = [Row(name, calls[name] / steps, median(of_steps)) for name, of_steps in times.items()]
     for row in rows:
-        row.add(counts.get(row.name))
-        if row.name == OTHER:
-            row.calls, row.whole_us = 0, row.us
+        count = counts.get(row.name)
+        if count is not None and count.calls == row.calls:  # else torch dispatched others while it was counted
+            row.add(count)
     return sorted(rows, key=lambda row: (row.name == OTHER, -row.us))
 
 
+def _counted_around(event: Any, counts: Counts) -> Any:
+    """The outermost event around this one that is counted, which may be itself; else itself."""
+    found, around = event, event
+    while around is not None:
+        found = around if around.name in counts else found
+        around = around.cpu_parent
+    return found
+
+
 def of_device(events: list[dict[str, Any]], steps: int, counts: Counts) -> list[Row]:
-    """What ran on the GPU, by the innermost range around its launch; the longest first."""
+    """What ran on the GPU, by the range around its launch as _Ranges.around has it; the longest first."""
     launches = {
         event["args"]["correlation"]: event
         for event in events
@@ -94,16 +105,16 @@ def of_device(events: list[dict[str, Any]], steps: int, counts: Counts) -> list[
         if event.get("cat") not in ON_DEVICE:
             continue
         launch = launches.get(event["args"].get("correlation"))
-        name = ranges.around(launch) if launch else event["name"]
-        row = rows.setdefault(name, Row(name, 0, 0.0, 0.0))
+        name = ranges.around(launch, counts) if launch else event["name"]
+        row = rows.setdefault(name, Row(name, 0, 0.0))
         row.calls += 1 / steps
         row.us += event["dur"] / steps
-        row.whole_us = row.us
         if event["name"] not in row.kernels:
             row.kernels.append(event["name"])
     for row in rows.values():
         row.calls = round(row.calls, 6)
-        row.add(counts.get(row.name))
+        if row.name in counts:
+            row.add(counts[row.name])
     return sorted(rows.values(), key=lambda row: -row.us)
 
 
@@ -127,15 +138,18 @@ class _Ranges:
                 open_ones.append(at)
             self.threads[thread] = of_thread, [event["ts"] for event in of_thread], around
 
-    def around(self, launch: dict[str, Any]) -> str:
-        """The name of the innermost range that holds the launch, or the launch's own."""
+    def around(self, launch: dict[str, Any], counts: Counts) -> str:
+        """The name of the outermost range around the launch that is counted, else of the innermost, or the launch's."""
         of_thread, starts, around = self.threads.get((launch["pid"], launch["tid"]), ([], [], []))
-        at: int | None = bisect_right(starts, launch["ts"]) - 1
-        if at is not None and at < 0:
-            return launch["name"]
-        while at is not None and _end(of_thread[at]) < launch["ts"]:
+        before = bisect_right(starts, launch["ts"])
+        at = before - 1 if before else None
+        names = []
+        while at is not None:
+            if _end(of_thread[at]) >= launch["ts"]:
+                names.append(of_thread[at]["name"])
             at = around[at]
-        return launch["name"] if at is None else of_thread[at]["name"]
+        counted = [name for name in names if name in counts]
+        return counted[-1] if counted else [*names, launch["name"]][0]
 
 
 def _end(event: dict[str, Any]) -> float:

@@ -6,8 +6,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -54,8 +54,8 @@ def effort_on(device: torch.device, rounds: int | None = None) -> Effort:
 def undisturbed(device: torch.device, threads: int) -> Iterator[None]:
     """No collections, on a GPU a stream that is not the default, on a CPU so many of torch's threads.
 
-    Torch is then as it was. A collection inside a graph's capture would free what must not be freed there, and
-    capturing needs the stream.
+    Torch is then as it was; glibc goes on keeping freed memory, since it does not say what its limits were. A
+    collection inside a graph's capture would free what must not be freed there, and capturing needs the stream.
     """
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     collecting = gc.isenabled()
@@ -89,11 +89,11 @@ def _keep_freed_memory() -> None:
         mallopt(MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
-def timed(calls: dict[str, list[Call]], device: torch.device, effort: Effort) -> dict:
+def timed(calls: dict[str, list[Call]], device: torch.device, effort: Effort, waiting: Collection[str] = ()) -> dict:
     """Every kind of time of every contender, each of whose calls takes another set of inputs.
 
     On a CPU the thread's time, of several threads the wall's. On a GPU the device's from a cold L2, a launch's between
-    events, the wall's, and the memory that a call takes.
+    events, the wall's, and the memory that a call takes. waiting: those that no graph can capture.
     """
     first = {name: each[0] for name, each in calls.items()}
     seconds = {name: _first_seconds(call) for name, call in first.items()}
@@ -104,11 +104,11 @@ def timed(calls: dict[str, list[Call]], device: torch.device, effort: Effort) ->
 
     if device.type == "cpu":
         return {"times": {"cpu": interleaved(samplers(host, 1000), effort.rounds)}}
-    method, cold = _cold(calls, max(seconds.values()), effort)
+    cold = {name: _cold(each, seconds[name], effort, name not in waiting) for name, each in calls.items()}
     return {
-        "cold_by": method,
+        "cold_by": {name: method for name, (method, _) in cold.items()},
         "times": {
-            "cold": interleaved(cold, effort.rounds),
+            "cold": interleaved({name: sampler for name, (_, sampler) in cold.items()}, effort.rounds),
             "launched": interleaved(samplers(_launched, 50), effort.rounds),
             "wall": interleaved(samplers(wall, 1000), effort.rounds),
         },
@@ -168,32 +168,36 @@ def _launched(call: Call, count: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3
 
 
-def _cold(calls: dict[str, list[Call]], longest: float, effort: Effort) -> tuple[str, dict[str, Sampler]]:
+def _cold(calls: list[Call], seconds: float, effort: Effort, capturing: bool) -> tuple[str, Sampler]:
     """Device time over all sets in turn: short calls from a graph where they can be captured, else from a queue."""
-    sets = len(calls["stock"])
-    turns = max(1, math.ceil(min(20, effort.seconds / longest) / sets))
-    many = {name: each * turns for name, each in calls.items()}
+    turns = max(1, math.ceil(min(20, effort.seconds / seconds) / len(calls)))
+    many = calls * turns
     method = "queue"
-    if longest < SHORT:
+    if seconds < SHORT and capturing:
         try:
-            graphs = {name: captured(each) for name, each in many.items()}
-            return "graph", {name: partial(queued, [graph.replay], sets * turns) for name, graph in graphs.items()}
+            return "graph", partial(queued, [captured(many).replay], len(many))
         except RuntimeError as error:
             method = f"queue, since the graph failed: {error}"
-    return method, {name: partial(queued, each, sets * turns) for name, each in many.items()}
+    return method, partial(queued, many, len(many))
 
 
 def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()  # whatever it compiles or allocates once must not happen inside the capture
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     wait()
-    graph.capture_begin()
+    graph.capture_begin(pool)
     try:
-        for call in calls:
-            call()
-    finally:
-        graph.capture_end()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    except RuntimeError:
+        # torch 2.11's capture_end then leaves the allocator believing in a capture, and empty_cache may refuse
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     return graph
 
 
@@ -232,6 +236,13 @@ def _first_seconds(call: Call) -> float:
     """The least of three, after one: a sample made of few calls because one was interrupted would be noise."""
     call()
     return min(seconds_of(call) for _ in range(3))
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that torch can have, those that it keeps and does not use among them."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def seconds_of(call: Call) -> float:

@@ -3,6 +3,7 @@
 profile_unit("mnist-mlp", torch.device("cpu"), out=Path("runs/profile-mnist-mlp"))
 """
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusedact import backend
 from fusedact.profiling import ceilings, proton
-from fusedact.profiling.cases import CASES, SMALL, Case
+from fusedact.profiling.cases import CASES, MATRIX_OPS, SMALL, Case
 from fusedact.profiling.choosing import cases_for
 from fusedact.profiling.contenders import Contender, contenders, output_gradient
 from fusedact.profiling.counting import counted, launches_named
@@ -44,6 +45,8 @@ WARM_UP = 3  # steps, in which kernels are compiled and memory is allocated
 ROUNDS = 5  # of timing without a profiler
 SECONDS = 0.1  # that a sample of it aims at
 NAMES = (*TRAINERS, *OPS)
+FIXED = (*MATRIX_OPS, "linear_bce")  # whose sizes all have names; others take further dimensions
+Progress = Callable[[str], None]
 PHASES = {"forward": "forward", "backward": "backward", "both": "forward and backward", "no_grad": "inference"}
 
 
@@ -58,6 +61,12 @@ class Unit:
     @property
     def title(self) -> str:
         return f"a training step of {self.trainer}" if self.case is None else f"{self.case.name}, {PHASES[self.phase]}"
+
+    @property
+    def file(self) -> str:
+        """How its files' names begin."""
+        name = f"{self.case.name} {self.phase}" if self.case else str(self.trainer)
+        return name.replace(" ", "-")
 
     def steps(self, device: torch.device) -> dict[str, Call]:
         """A step of stock, and one of the same fused."""
@@ -77,10 +86,12 @@ def unit_of(
     dtype: str | None = None,
     activation: str | None = None,
     phase: str | None = None,
+    *,
+    inference: bool = False,
 ) -> Unit:
     """The trainer or op of that name, or the case; what is None is a trainer's own, or that of the op's first case.
 
-    ValueError names what does not fit.
+    inference: whether each op has the phase no_grad. ValueError names what does not fit.
     """
     given = {"shape": shape, "dtype": dtype, "activation": activation, "phase": phase}
     asked = {key: value for key, value in given.items() if value is not None}
@@ -94,18 +105,24 @@ def unit_of(
         raise ValueError(
             f"unknown name {name!r}, expected one of {', '.join(NAMES)}, or a case as 'softmax 8x10 float32'"
         )
-    phases = OPS[found[0].op].phases
+    op = found[0].op
+    phases = dict.fromkeys((*OPS[op].phases, *["no_grad"] * inference))
     if phase is not None and phase not in phases:
-        raise ValueError(f"phase {phase!r}: {found[0].op} has {', '.join(phases)}")
-    dimensions = {len(case.shape) for case in found}
-    if shape is not None and found[0].op != "activation" and len(shape) not in dimensions:
+        raise ValueError(f"phase {phase!r}: {op} has {', '.join(phases)}")
+    if shape is not None and not _takes(op, shape):
         example = "x".join(map(str, found[0].shape))
-        raise ValueError(f"shape {'x'.join(map(str, shape))}: {found[0].op} takes one as {example}")
+        raise ValueError(f"shape {'x'.join(map(str, shape))}: {op} takes one as {example}")
     if activation is not None and not found[0].activation:
-        raise ValueError(f"activation {activation!r}: {found[0].op} takes none")
-    case = next(case for case in found if shape is None or len(case.shape) in (len(shape), 1))
+        raise ValueError(f"activation {activation!r}: {op} takes none")
+    alike = [case for case in found if shape is not None and len(case.shape) == len(shape)]
+    case = (alike or found)[0]
     changes: dict[str, Any] = {key: value for key, value in asked.items() if key != "phase"}
     return Unit(case=replace(case, **changes), phase=phase or "both")
+
+
+def _takes(op: str, shape: tuple[int, ...]) -> bool:
+    dimensions = {len(case.shape) for case in (*CASES, *SMALL) if case.op == op}
+    return len(shape) in dimensions if op in FIXED else len(shape) >= min(dimensions)
 
 
 def profile_unit(
@@ -118,57 +135,72 @@ def profile_unit(
     with_proton: bool = False,
     nvtx: bool = False,
     effort: Effort | None = None,
-    progress: Callable[[str], None] = lambda what: None,
+    known: dict[str, float] | None = None,
+    progress: Progress = lambda what: None,
     **choice: Any,
 ) -> dict[str, Any]:
     """Rows and totals per contender, "stock" and "fused", of a step as `unit_of(name, device, **choice)` says.
 
-    out: the folder of the traces, `<name>-stock.json` and `<name>-fused.json`, and of Proton's profile; None: no
-    files. effort: how ceilings are measured. with_proton: on a GPU Triton's profiler too, or why it did not. nvtx:
-    one more step of each with ranges for NVIDIA's tools. progress is told what begins. What it gives is JSON's.
+    out: the folder of the traces, `<trainer or case, phase>-stock.json` and `-fused.json`, and of Proton's profile;
+    None: no files. effort: how ceilings are measured. known: ceilings that need not be; the others are added to it.
+    with_proton: on a GPU Triton's profiler too, or why it did not. nvtx: more steps of each with ranges for NVIDIA's
+    tools. progress is told what begins. What it gives is JSON's.
     """
-    unit = unit_of(name, device, **choice)
+    unit = unit_of(name, device, inference=True, **choice)
     on_gpu = device.type == "cuda"
     precision = unit.case.precision if unit.case else "highest"
     with undisturbed(device, threads), tempfile.TemporaryDirectory() as folder:
-        progress("warm-up")
-        runs = unit.steps(device)
-        for step in runs.values():
-            for _ in range(WARM_UP):
-                step()
-        wait()
-        progress("time without a profiler")
-        times = _times(runs, steps, on_gpu)
-        rows: dict[str, list[Row]] = {}
-        traces = {contender: (out or Path(folder)) / f"{_file(name)}-{contender}.json" for contender in runs}
-        for contender, step in runs.items():
-            progress(f"{contender}: bytes and FLOPs")
-            counts = counted(step)
-            progress(f"{contender}: trace")
-            recorded = _recorded(step, steps, on_gpu)
-            traces[contender].parent.mkdir(parents=True, exist_ok=True)
-            recorded.export_chrome_trace(str(traces[contender]))  # which torch does once
-            events = json.loads(traces[contender].read_text())["traceEvents"] if on_gpu else []
-            rows[contender] = of_device(events, steps, counts) if on_gpu else of_host(recorded, steps, counts)
+        found = _profiled(unit, device, steps, out or Path(folder), nvtx, progress)
         progress("ceilings")
-        measured = _ceilings(rows.values(), device, precision, effort)
-        if nvtx:
-            progress("NVTX")
-            _with_nvtx(runs, steps)
+        measured = _ceilings(
+            [rows for rows, *_ in found.values()], device, precision, effort, {} if known is None else known
+        )
     result: dict[str, Any] = {
         "name": name, "title": unit.title, "device": str(device), "steps": steps, "threads": threads,
         "kernels": on_gpu, "triton": backend.uses_triton(torch.empty(0, device=device)), "ceilings": measured,
         "contenders": {
-            contender: _summary(of_contender, measured, precision)
-            | {"time_us": times[contender], "trace": str(traces[contender]) if out else None}
-            for contender, of_contender in rows.items()
+            contender: _summary(rows, measured, precision)
+            | {"time_us": times, "trace": str(trace) if out else None}
+            for contender, (rows, times, trace) in found.items()
         },
     }  # fmt: skip
     if with_proton and on_gpu:
         progress("Proton")
-        path = out and out / f"{_file(name)}-proton.hatchet"
-        result["proton"] = proton.profiled(name, device, choice, steps, path)
+        gc.collect()
+        torch.cuda.empty_cache()  # a second process holds the same again
+        result["proton"] = proton.profiled(name, device, choice, steps, out and out / f"{unit.file}-proton.hatchet")
     return result
+
+
+def _profiled(
+    unit: Unit, device: torch.device, steps: int, folder: Path, nvtx: bool, progress: Progress
+) -> dict[str, tuple[list[Row], dict[str, float], Path]]:
+    """Of each contender rows, time without a profiler, and trace. What ran is let go of on return."""
+    on_gpu = device.type == "cuda"
+    progress("warm-up")
+    runs = unit.steps(device)
+    for step in runs.values():
+        for _ in range(WARM_UP):
+            step()
+    wait()
+    progress("time without a profiler")
+    times = _times(runs, steps, on_gpu)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for contender, step in runs.items():
+        progress(f"{contender}: bytes and FLOPs")
+        counts = counted(step)
+        progress(f"{contender}: trace")
+        recorded = _recorded(step, steps, on_gpu)
+        trace = folder / f"{unit.file}-{contender}.json"
+        recorded.export_chrome_trace(str(trace))  # which torch does once
+        events = json.loads(trace.read_text())["traceEvents"] if on_gpu else []
+        rows = of_device(events, steps, counts) if on_gpu else of_host(recorded, steps, counts)
+        found[contender] = rows, times[contender], trace
+    if nvtx:
+        progress("NVTX")
+        _with_nvtx(runs, steps)
+    return found
 
 
 def _summary(rows: list[Row], ceilings: dict[str, float], precision: str) -> dict[str, Any]:
@@ -177,10 +209,6 @@ def _summary(rows: list[Row], ceilings: dict[str, float], precision: str) -> dic
         row.set_share(ceilings, precision)
     totals = {"calls": sum(row.calls for row in rows), "us": sum(row.us for row in rows)}
     return totals | {"rows": [asdict(row) for row in rows]}
-
-
-def _file(name: str) -> str:
-    return name.replace(" ", "-")
 
 
 def stages(device: torch.device, with_proton: bool, nvtx: bool) -> int:
@@ -258,9 +286,14 @@ def _with_nvtx(runs: dict[str, Call], steps: int) -> None:
 
 
 def _ceilings(
-    rows: Iterable[list[Row]], device: torch.device, precision: str, effort: Effort | None
+    rows: Iterable[list[Row]],
+    device: torch.device,
+    precision: str,
+    effort: Effort | None,
+    known: dict[str, float],
 ) -> dict[str, float]:
     widths = {width for some in rows for row in some for width in row.flops if width in RATES}
     names = [ceilings.COPY, *(RATES[width](precision) for width in sorted(widths))]
     effort = effort or (FULL if device.type == "cuda" else replace(ON_CPU, rounds=3))
-    return ceilings.measured(names, device, effort)
+    known.update(ceilings.measured([name for name in names if name not in known], device, effort))
+    return {name: known[name] for name in names}
