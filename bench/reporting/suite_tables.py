@@ -10,8 +10,8 @@ from bench.reporting.timed import Timed, of_suites
 NO_RECORD = "No record of the suites yet."
 ON_A_CPU = """On a CPU fused layers run stock's own operations, so that their aim is 1.00 within the noise; what differs
 are whole runs, which `fit` takes without the loop's overhead, and heads, which take their logits in chunks. Ratios are
-stock's time over the contender's, medians of interleaved rounds: above 1 it is faster than stock. Noise is stock
-against itself."""
+stock's time over the contender's, medians of interleaved rounds: above 1 it is faster than stock. Noise is how
+far the 20 and 80 % points of stock's ratio to itself, by round, are from 1, the larger of the two."""
 LEGEND = """In brackets the 20 and 80 % points of the rounds. GB/s and TFLOP/s are of the least bytes and FLOPs; what
 lies in a cache is faster than the copy, whose ceiling is memory's. Errors are against float64, the worst of value and
 gradients."""

@@ -15,8 +15,7 @@ from rich.table import Table
 from fusedact import plotting
 from fusedact.catalogue import SNIPPETS, TASKS, Comparison, Outcome, Values, values
 from fusedact.catalogue import compare as compare_pairings
-from fusedact.cli.options import Device, console, implementation
-from fusedact.cli.training import _folder as folder
+from fusedact.cli.options import Device, console, folder, implementation
 from fusedact.data import write_whole
 from fusedact.plotting import losses
 

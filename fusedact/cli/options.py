@@ -1,7 +1,9 @@
 """What commands share: the console, a device that can be reached, and what fused layers run there."""
 
 import re
+import tempfile
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -40,6 +42,16 @@ def sizes(text: str) -> tuple[int, ...]:
     if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text, re.ASCII) is None:
         raise typer.BadParameter(f"{text!r}, expected sizes as 4096x1000")
     return tuple(map(int, text.split("x")))
+
+
+def folder(path: str) -> Path:
+    """The folder, made where absent, if a file can be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from error
+    return Path(path)
 
 
 def implementation(x: Tensor) -> str:

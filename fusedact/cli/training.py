@@ -1,7 +1,6 @@
 """`fusedact train | compare`: the tutorials' programs."""
 
 import inspect
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fusedact.cli.options import Device, Threads, console, implementation
+from fusedact.cli.options import Device, Threads, console, folder, implementation
 from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
 from fusedact.trainers.loop import PLAIN, TUTORIAL
 from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
@@ -52,16 +51,6 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
         raise typer.BadParameter(f"{error}, expected numbers with commas between them") from error
-
-
-def _folder(path: str) -> Path:
-    """The folder, made where absent, if a file can be written there."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror}") from error
-    return Path(path)
 
 
 Name = Annotated[Any, typer.Argument(parser=_trainer, metavar="NAME", help=" | ".join(TRAINERS))]
@@ -101,7 +90,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Sweep = Annotated[
     bool, typer.Option("--sweep", help=f"xor: how often it learns, of {SWEPT:,} initializations at each of some rates.")
 ]
-Out = Annotated[Any, typer.Option(parser=_folder, metavar="DIR", help="For the curve, metrics and parameters.")]
+Out = Annotated[Any, typer.Option(parser=folder, metavar="DIR", help="For the curve, metrics and parameters.")]
 
 
 def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -155,7 +144,7 @@ def compare(
     tutorial: its own loop and data loader; stock: torch.nn's layers on rows that are on the device; fused: ours;
     fit: torch.nn's through fusedact.fit.
     """
-    out = out or _folder(f"runs/{trainer.name}")
+    out = out or folder(f"runs/{trainer.name}")
     if sweep:
         _sweep(trainer, out, device, threads, **options)
         return

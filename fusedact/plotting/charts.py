@@ -356,7 +356,8 @@ def _place(figure: Figure, points: Sequence[tuple[float, float]], texts: Sequenc
             continue
         at, low = boxes[way]
         taken.append((at, low, at + width, low + 9))
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        edge = (float(way[0] < 0), 0.5)  # of the text, from which the line goes
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": edge}
         axes.annotate(
             text, point, way, textcoords="offset points", ha="right" if way[0] < 0 else "left", va="center",
             fontsize=7.5, color=INK, arrowprops=line if math.hypot(*way) > 12 else None,
