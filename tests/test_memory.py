@@ -69,6 +69,7 @@ def test_the_readme_shows_formulas_and_records(tmp_path, monkeypatch):
     result = {"op": "softmax", "phases": {"both": {"memory": {"stock": 2**31, "fusedact": 2**30}}}}
     beside = {"op": "softmax", "phases": {"both": {"memory": {"stock": 2**31, "fusedact": 2**30, "Liger": 2**29}}}}
     sections = {"ops": {"results": {"softmax 2x3": result}}, "peers": {"results": {"softmax 2x3": beside}}}
-    gpu = {"kind": "gpu", "dry": False, "date": "2000-01-01T00:00", "machine": {"device": "SYNTHETIC"}}
+    machine = {"device": "SYNTHETIC", "torch": "0", "triton": "0"}
+    gpu = {"kind": "gpu", "dry": False, "date": "2000-01-01T00:00", "commit": "synthetic", "machine": machine}
     (tmp_path / "gpu.json").write_text(json.dumps(gpu | {"sections": sections}))
     assert "| softmax 2x3 | 2.00 | 1.00 | 0.50 |" in memory.rendered(readme)

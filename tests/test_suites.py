@@ -451,6 +451,7 @@ def test_bench_lists_what_it_would_measure(capsys):
     assert capsys.readouterr().out.splitlines() == ["bce 1048576 float32", "prelu 1024x1024 float32"]
 
 
+@pytest.mark.exhaustive
 def test_bench_shows_every_op(quick, capsys, monkeypatch):
     tiny = by_name({case.op: case for case in SMALL}.values(), dry=True)
     monkeypatch.setattr(benchmarks, "cases_for", lambda device: tuple(tiny.values()))
