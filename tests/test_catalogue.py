@@ -206,7 +206,7 @@ def test_right_pairings_agree(task, compared):
             assert ours == pytest.approx(its, rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))])
 def test_wrong_pairings_are_worse(seed, compared):
     """By -log of what they give the truth: by a tenth at least, where right ones near the best there is."""
     for comparison in compared.values() if seed == 0 else compare(seed):
