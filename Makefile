@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest lint bench bench-gpu docs pictures
+.PHONY: demo test test-exhaustive test-oldest contract lint bench bench-gpu docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -20,6 +20,9 @@ test-exhaustive: $(VENV)/ready
 
 test-oldest: $(OLDEST)/ready
 	$(call pytest,$(OLDEST)) 'not exhaustive' $(KERNEL_PROOFS)
+
+contract: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tools/contract.py -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -22,6 +22,13 @@ settings.register_profile(
 settings.load_profile("kernels")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The rows of docs/contract.md that a test holds, into its reports, from which tools/contract.py reads them."""
+    for item in items:
+        rows = {row for mark in item.iter_markers("contract") for row in mark.args}
+        item.user_properties += [("contract", row) for row in sorted(rows)]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same numbers in every run, whoever draws them."""

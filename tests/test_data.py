@@ -470,6 +470,7 @@ def test_download_goes_on_to_the_next_mirror(kind, mirrors, cache):
 
 
 @pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.contract(84)
 def test_download_refuses_a_fault_and_leaves_nothing(kind, mirrors, cache):
     urls = mirrors(kind, "forbidden")
     with pytest.raises(OSError, match=r"train-images-idx3-ubyte.gz could not be downloaded") as caught:
