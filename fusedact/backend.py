@@ -25,6 +25,8 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types whose memory a kernel m
 _HERE = nullcontext()
 _chosen: str | None = None
 _float32: str | None = None
+_broken: str | None = None  # why no kernel can be launched, since one has shown it
+_warned: set[str] = set()  # what was told already
 _Result = TypeVar("_Result")
 
 
@@ -72,11 +74,28 @@ def uses_triton(x: Tensor) -> bool:
         return False
     problem = triton_problem(x.device)
     if problem is None:
-        return True
+        return _broken is None or name == "triton"  # which tries again
     if name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but cannot run on {x.device}: {problem}")
-    _warn_once(problem)
+    _warn_once(problem, problem)
     return False
+
+
+def launch_error() -> type[Exception]:
+    """What a kernel that cannot be compiled or loaded raises; as `except` asks for it, Triton's part is imported."""
+    from fusedact.kernels.faults import LaunchError
+
+    return LaunchError
+
+
+def give_up(error: Any) -> None:
+    """Under 'auto' a warning, once for each cause, that torch's operations answer instead; else the error itself."""
+    global _broken
+    if get_backend() != "auto":
+        raise error
+    if error.everywhere:
+        _broken = error.cause
+    _warn_once(error.cause, str(error))
 
 
 @_constant
@@ -89,14 +108,46 @@ def triton_problem(device: torch.device) -> str | None:
 def _triton_problem(device: torch.device) -> str | None:
     try:
         import triton
-    except ImportError as error:
-        return f"Triton does not import ({error})"
-    if triton.knobs.runtime.interpret:
+
+        interprets = triton.knobs.runtime.interpret
+    except Exception as error:  # of a broken or an old installation any
+        return f"Triton does not import ({type(error).__name__}: {error})"
+    if interprets:
+        _fork_between_launches()
         return None if device.type in ("cpu", "cuda") else "the interpreter takes CPU tensors"
     if device.type != "cuda":
         return "Triton runs on GPUs (set TRITON_INTERPRET=1 before the first import to interpret it on a CPU)"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need compute capability 8.0 or newer"
+    return _driver_problem()
+
+
+@functools.cache
+def _fork_between_launches() -> None:
+    """A fork waits for the interpreter, which the child would find locked and half-way through a kernel."""
+    from fusedact.kernels.launch import INTERPRETER
+
+    if hasattr(os, "register_at_fork"):
+        release = INTERPRETER.release
+        os.register_at_fork(before=INTERPRETER.acquire, after_in_parent=release, after_in_child=release)
+
+
+def _driver_problem() -> str | None:
+    """Why Triton's driver does not start, which compiles a part of itself; without it no kernel would be launched."""
+    from triton.runtime import driver
+
+    from fusedact.kernels.faults import LaunchError, run_again
+
+    def start() -> None:
+        driver.active.get_current_target()
+
+    try:
+        start()
+    except Exception as fault:
+        try:
+            run_again(start, fault)
+        except LaunchError as error:
+            return str(error)
     return None
 
 
@@ -119,9 +170,10 @@ def _checks() -> bool:
     return value == "1"
 
 
-@functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(f"fusedact runs stock PyTorch operations: {problem}", RuntimeWarning, stacklevel=4)
+def _warn_once(cause: str, text: str) -> None:
+    if cause not in _warned:
+        _warned.add(cause)
+        warnings.warn(f"fusedact runs stock PyTorch operations: {text}", RuntimeWarning, stacklevel=4)
 
 
 @functools.cache
@@ -164,6 +216,16 @@ def elsewhere(x: Tensor) -> bool:
 
 # How many dispatch modes are on: fake tensors, FLOP counting, selective checkpointing.
 dispatching = torch._C._len_torch_dispatch_stack
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, autograd records, in the body of a registered op too, above which its dispatch keys are left out."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 @contextmanager
@@ -226,9 +288,13 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_batched(t: Tensor | None) -> bool:
-    """Many gradients in one, of `is_grads_batched=True`."""
-    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
+def unreadable(t: Tensor | None) -> bool:
+    """A gradient that no kernel reads: many in one, of `is_grads_batched=True`; a sparse one; torch's zeros without
+    memory.
+    """
+    return t is not None and (
+        torch._C._functorch.is_legacy_batchedtensor(t) or t.layout is not torch.strided or t._is_zerotensor()
+    )
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

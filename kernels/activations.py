@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import clamp, expm1, like, log1p_exp, sigmoid, tanh
+from .tiles import clamp, expm1, like, log1p_exp, sigmoid, tanh, tanh_below
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -262,7 +262,10 @@ def softsign_grad(dy, z):
 
 @triton.jit
 def tanhshrink(z):
-    return z - tanh(z)
+    """Near 0 from the numbers of tanh's fraction, subtracted beforehand: z - tanh(z) would lose most digits there."""
+    z2 = z * z
+    lacking = z2 * (11486475.0 + z2 * (810810.0 + z2 * (12870.0 + z2 * 44.0)))
+    return tl.where(tl.abs(z) < 0.6, z * (lacking / tanh_below(z2)), z - tanh(z))
 
 
 @triton.jit

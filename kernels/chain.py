@@ -14,7 +14,7 @@ import triton.language as tl
 from . import bias_activation
 from .activations import prelu_slope_grad
 from .bias_activation import add_partials, store_partials
-from .launch import launch
+from .launch import by_triton, launch
 from .linear import GROUP_M, as_offsets, described, product
 from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
@@ -203,7 +203,8 @@ def backward(dz_next, w, saved, act, act_grad, params, slope, from_output, want_
         "SUMMED": SUMMED, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if config.programs:
-        _backward_tiles_kernel[(min(tiles_m * tiles_n, config.programs),)](
+        by_triton(
+            _backward_tiles_kernel, (min(tiles_m * tiles_n, config.programs),),
             described(dz_next, x_by_k, config.block_m, config.block_k),
             described(by_n, w_by_k, config.block_n, config.block_k),
             *outputs,

@@ -12,6 +12,7 @@ memory is not asked again: `functional` has looked at its device.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
+from threading import RLock
 from typing import Any, NamedTuple
 
 import triton
@@ -19,6 +20,8 @@ import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.knobs import compilation, runtime
 from triton.runtime import JITFunction, driver
+
+from .faults import run_again
 
 KNOWN = ("3.6.", "3.7.", "3.8.")  # releases in which what happens between kernel[grid] and compiled.run is as here
 VALUES = frozenset({int, bool, str, type(None)})  # of one such type, what is equal compiles alike: not 0.0 and -0.0
@@ -46,6 +49,7 @@ class Warm(NamedTuple):
 
 
 _SIGNATURES: dict[int, Signature] = {}
+INTERPRETER = RLock()  # whose place in the grid, and whose changes to triton.language, are the whole process's
 
 
 @lru_cache(4096, typed=True)
@@ -58,7 +62,7 @@ def launch(kernel, grid, *args, **constants):
     """kernel[grid](*args, **constants), where the grid is a tuple."""
     signature = _SIGNATURES.get(id(kernel)) or _signature(kernel, args, constants)
     if signature is None or _watched(kernel):
-        kernel[grid](*args, **constants)
+        by_triton(kernel, grid, *args, **constants)
         return
     pointers, dtypes, bits = [], [], 0
     for t in args[: signature.pointers]:
@@ -85,7 +89,8 @@ def launch(kernel, grid, *args, **constants):
         **exact,
     )  # fmt: skip
     if not kept:
-        _keep(kept, kernel[grid](*args, **constants), kernel, numbers[: signature.integers], len(args), constants)
+        compiled = by_triton(kernel, grid, *args, **constants)
+        _keep(kept, compiled, kernel, numbers[: signature.integers], len(args), constants)
         return
     run, function, metadata, rest, global_variables, _ = kept[0]
     for names, name, value in global_variables:
@@ -99,6 +104,20 @@ def launch(kernel, grid, *args, **constants):
     )  # fmt: skip
 
 
+def by_triton(kernel, grid, *args, **constants):
+    """kernel[grid](*args, **constants) as it is; interpreted, one at a time whatever thread it comes from.
+
+    LaunchError where the kernel cannot be compiled or loaded.
+    """
+    try:
+        if type(kernel) is JITFunction:
+            return kernel[grid](*args, **constants)
+        with INTERPRETER:
+            return kernel[grid](*args, **constants)
+    except Exception as fault:
+        return run_again(lambda: kernel[grid](*args, **constants), fault, kernel)
+
+
 def _signature(kernel, args, constants):
     """As the first launch shows it. None where Triton launches: interpreted, in an unknown release, not on NVIDIA.
 
@@ -106,7 +125,11 @@ def _signature(kernel, args, constants):
     """
     if type(kernel) is not JITFunction or not triton.__version__.startswith(KNOWN):
         return None
-    if driver.active.get_current_target().backend != "cuda":
+    try:
+        target = driver.active.get_current_target()
+    except Exception:
+        return None  # Triton says why
+    if target.backend != "cuda":
         return None
     pointers = len(list(takewhile(lambda name: name.endswith("_ptr"), kernel.arg_names[: len(args)])))
     integers = len(list(takewhile(lambda arg: type(arg) is int, args[pointers:])))

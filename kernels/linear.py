@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import bias_activation
 from .activations import identity
-from .launch import launch
+from .launch import by_triton, launch
 from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
 from .tiles import blocks_of, grouped_tile, halves, narrow
@@ -194,7 +194,8 @@ def forward(x, w, b, act, params, slope, config, save_z, shape=None):
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if config.programs:
-        _forward_tiles_kernel[(min(tiles, config.programs),)](
+        by_triton(
+            _forward_tiles_kernel, (min(tiles, config.programs),),
             described(x, x_by_k, config.block_m, config.block_k),
             described(w, w_by_k, config.block_n, config.block_k),
             b, slope, y, z,

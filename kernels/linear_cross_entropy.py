@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .class_rows import capped, numbers_of
-from .launch import launch
+from .launch import by_triton, launch
 from .linear import GROUP_M, as_offsets, described
 from .metadata import product_flops, told
 from .products import product_by_descriptors, product_by_pointers
@@ -321,7 +321,8 @@ def statistics(x, w, b, target, weight, spread, softcap, config):
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if config.programs:
-        _statistics_tiles_kernel[(min(tiles, config.programs),)](
+        by_triton(
+            _statistics_tiles_kernel, (min(tiles, config.programs),),
             described(x, x_by_k, config.block_m, config.block_k),
             described(w, w_by_k, config.block_n, config.block_k),
             *others,

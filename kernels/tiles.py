@@ -109,9 +109,15 @@ def tanh(x):
     magnitude = tl.abs(x)
     z = x * x
     above = 34459425.0 + z * (4729725.0 + z * (135135.0 + z * (990.0 + z)))
-    below = 34459425.0 + z * (16216200.0 + z * (945945.0 + z * (13860.0 + z * 45.0)))
+    near = x * (above / tanh_below(z))
     u = tl.exp(-2.0 * magnitude)
-    return tl.where(magnitude < 0.6, x * (above / below), tl.where(x < 0, -1.0, 1.0) * (1.0 - 2.0 * u / (1.0 + u)))
+    return tl.where(magnitude < 0.6, near, tl.where(x < 0, -1.0, 1.0) * (1.0 - 2.0 * u / (1.0 + u)))
+
+
+@triton.jit
+def tanh_below(z):
+    """The denominator of tanh's fraction, z = x²."""
+    return 34459425.0 + z * (16216200.0 + z * (945945.0 + z * (13860.0 + z * 45.0)))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import by_triton
 from .metadata import told, training_flops
 from .tiles import blocks_of, grid_barrier, narrow, widen, within
 from .training import RATES
@@ -446,7 +447,8 @@ def train(x, y, order, flat, moments, rates, losses, failed, layers, objective, 
         config.rows, config.cols, config.height, config.width, config.depth, config.num_stages,
     )  # fmt: skip
     limits = {"maxnreg": config.registers} if config.registers else {}
-    _train_kernel[(config.programs,)](
+    by_triton(
+        _train_kernel, (config.programs,),
         flat.new_zeros(1, dtype=torch.int64), failed,
         steps,
         run,

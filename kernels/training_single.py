@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import by_triton
 from .metadata import told, training_flops
 from .tiles import grid_barrier
 from .workspace import cdiv, power_of_2
@@ -251,7 +252,8 @@ def train(x, y, order, flat, moments, rates, losses, failed, layers, objective, 
     products = x.new_empty(2, programs, layer.outputs, config.block_b)
     counter = torch.zeros(1, dtype=torch.int32, device=x.device)
     loss, loss_grad = (None, None) if objective.loss is None else objective.loss[:2]
-    _train_kernel[(programs,)](
+    by_triton(
+        _train_kernel, (programs,),
         x, y, order, flat, moments, rates, losses, products, counter, failed,
         steps, batch, flat.numel(), POLLS,
         layer.act_params,

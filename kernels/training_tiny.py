@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .launch import by_triton
 from .metadata import told, training_flops
 from .workspace import cdiv, power_of_2
 
@@ -304,7 +305,8 @@ def train(x, y, order, flat, moments, rates, losses, layers, objective, rule, co
     networks, steps = losses.shape
     places = _places(layers)
     loss, loss_grad = objective.loss[:2] if objective.loss else (None, None)
-    _train_kernel[(networks,)](
+    by_triton(
+        _train_kernel, (networks,),
         x, y, order, flat, moments, rates, losses,
         steps, order.shape[-1], order.stride(0) if order.dim() == 3 else 0,
         tuple(_in_registers(layer, places) for layer in layers),

@@ -115,6 +115,8 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
     held = _HELD.get((device, stream))
     if held is None or held.numel() < count:
         held = _HELD[device, stream] = _zeros(max(count, 1024), device)
+        if device.type == "cuda":  # once more are needed: not given away before the last launch that counts in these
+            held.record_stream(torch.cuda.current_stream(device))
         if device not in _SPARE:
             _SPARE[device] = _zeros(2**16, device)
     return held

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedact import backend
 from fusedact.activations import Activation, Registered, by_name, difference, sample
-from fusedact.autograd.doors import Op
+from fusedact.autograd.doors import Op, differentiate
 
 
 def value_function(activation: str, device: torch.device) -> Any:
@@ -97,7 +97,7 @@ class _Elementwise(Op):
         if (
             derivative is None
             or dy is None
-            or not (torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy))
+            or not (torch.is_grad_enabled() or backend.transforming() or backend.unreadable(dy))
         ):
             return super()._gradients(ctx, dys, backward)
         return derivative(dy, ctx.saved_tensors[0]), None, *(None for _ in ctx.options)
@@ -133,6 +133,13 @@ def _backward_fake(dy, saved, slope, activation, parameters, wanted):
     return torch.empty_like(saved) if want_x else None, slope.new_empty(slope.shape) if want_slope else None
 
 
+def _backward_formula(dy, saved, slope, activation, parameters, wanted):
+    derivative = by_name(activation).derivative_from_output
+    if derivative is not None:
+        return derivative(dy, saved), None
+    return differentiate(lambda *xs: _composite(*xs, activation, parameters), (saved, slope), wanted, (dy,))
+
+
 def _composite(x, slope, activation, parameters):
     return by_name(activation).reference(x, *(parameters if slope is None else (slope,)))
 
@@ -149,5 +156,6 @@ activation = _Elementwise(
     backward_schema=f"(Tensor dy, Tensor saved, Tensor? slope, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor)",
     backward=_backward,
     backward_fake=_backward_fake,
+    backward_formula=_backward_formula,
     composite=_composite,
 ).register()

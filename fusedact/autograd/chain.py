@@ -14,16 +14,24 @@ from torch import Tensor
 from fusedact import backend
 from fusedact.activations import by_name
 from fusedact.autograd.doors import differentiate
+from fusedact.autograd.given_up import GIVEN_UP, give_up, guarded, is_given_up, kind_of
 from fusedact.autograd.linear import Plan, bare, in_rows, plan_of, product, tile_for
 
 Activations = tuple[tuple[str, tuple[float, ...]] | None, ...]  # name and parameters of each layer, None for none
+_NAME = "linear_chain"
 TENSORS = 3  # of a layer: weight, bias, slope
 
 
 def linear_chain(x: Tensor, activations: Activations, tensors: Sequence[Tensor | None]) -> Tensor:
     """x through all the layers, recorded as one op."""
-    with backend.on_device(x):
-        return _apply(x, activations, *tensors)
+    if GIVEN_UP and is_given_up(kind_of(_NAME, (x, activations, tensors))):
+        return _composite(activations, x, *tensors)
+    try:
+        with backend.on_device(x):
+            return _apply(x, activations, *tensors)
+    except backend.launch_error() as error:
+        give_up(kind_of(_NAME, (x, activations, tensors)), error)
+        return _composite(activations, x, *tensors)
 
 
 def can_be_chained(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
@@ -61,12 +69,10 @@ class LinearChain(torch.autograd.Function):
         if dy is None:
             return (None,) * (2 + count)
         dy = dy.resolve_neg()
-        if torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy):
-            inputs, want = (x, *tensors), (want_x, *wanted)
-            dx, *grads = differentiate(lambda *ts: _composite(ctx.activations, *ts), inputs, want, (dy,))
-            return dx, None, *grads
-        with backend.on_device(x):
-            run = _named_gradients if backend.profiling() else _gradients
+        if torch.is_grad_enabled() or backend.transforming() or backend.unreadable(dy):
+            dx, grads = _differentiated(dy, x, ctx.activations, tensors, kept, want_x, wanted)
+        else:
+            run = _named_gradients if backend.profiling() else _gradients_or_formula
             dx, grads = run(dy, x, ctx.activations, tensors, kept, want_x, wanted)
         return dx, None, *grads
 
@@ -172,5 +178,21 @@ def _gradients(
     return dx, [dw, *sums, *grads]
 
 
-_named_launch = backend.named("fusedact::linear_chain", _launch)
-_named_gradients = backend.named("fusedact::linear_chain_backward", _gradients)
+def _differentiated(
+    dy: Tensor,
+    x: Tensor,
+    activations: Activations,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Any],
+    want_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same in torch's own operations."""
+    inputs = x, *tensors
+    dx, *grads = differentiate(lambda *ts: _composite(activations, *ts), inputs, (want_x, *wanted), (dy,))
+    return dx, grads
+
+
+_gradients_or_formula = guarded(_gradients, _differentiated, lambda *args: kind_of(f"{_NAME}_backward", args))
+_named_launch = backend.named(f"fusedact::{_NAME}", _launch)
+_named_gradients = backend.named(f"fusedact::{_NAME}_backward", _gradients_or_formula)

@@ -7,13 +7,15 @@ and a 1 ends that launch at once. A second one (`retain_graph`) makes them anew,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedact import backend
-from fusedact.autograd.doors import define, differentiate, on_device
+from fusedact.autograd.doors import define, differentiate
+from fusedact.autograd.given_up import GIVEN_UP, give_up, guarded, is_given_up, kind_of
 from fusedact.backend import PLAIN
 
 
@@ -42,8 +44,11 @@ class EarlyOp:
         """Register the op and its late gradients with torch; return the function that goes through the doors."""
         gradients = ", ".join(["Tensor"] * self.learned)
         schema = f"({self.schema}, bool[] wanted) -> (Tensor, {gradients})"
-        forward_op = define(self.name, schema, self.launch, self.fake)
-        late_op = self._late_op(self.late, gradients) if self.late else None
+        of_forward = partial(kind_of, self.name)
+        launch_or_formula = guarded(self.launch, self._outputs_by_formula, lambda *args: of_forward(args[:-1]))
+        late = self._guarded_late(self.late) if self.late else None
+        forward_op = define(self.name, schema, launch_or_formula, self.fake)
+        late_op = self._late_op(late, gradients) if late else None
         torch.library.register_autograd(
             f"fusedact::{self.name}",
             lambda ctx, dloss, *_: (*self._registered_gradients(ctx, dloss, late_op), None),
@@ -51,7 +56,7 @@ class EarlyOp:
         )
         count, learned = self.tensors, self.learned
         launch, named = self.launch, backend.named(f"fusedact::{self.name}", self.launch)
-        apply = backend.apply_of(self._function(named))
+        apply = backend.apply_of(self._function(named, launch_or_formula, late))
 
         def through_a_door(*args: Any) -> Any:
             if backend.transforming():
@@ -64,9 +69,36 @@ class EarlyOp:
             if backend.elsewhere(args[0]):
                 with torch.cuda.device(args[0].device):
                     return through_a_door(*args)
-            return apply(*args) if any(wanted) else (named if backend.profiling() else launch)(*args, wanted)[0]
+            if GIVEN_UP and is_given_up(of_forward(args)):
+                return self.composite(*args)
+            try:
+                return apply(*args) if any(wanted) else (named if backend.profiling() else launch)(*args, wanted)[0]
+            except backend.launch_error() as error:
+                give_up(of_forward(args), error)
+                return self.composite(*args)
 
         return through_a_door
+
+    def _outputs_by_formula(self, *given: Any) -> tuple[Tensor | None, ...]:
+        """What launch gives, in torch's own operations."""
+        args, wanted = given[:-1], given[-1]
+        outputs: Any = self.fake(*given)
+        loss = self.composite(*args)
+        outputs[0].copy_(loss)
+        if any(output is not None for output in outputs[1:]):
+            tensors, options = args[: self.tensors], args[self.tensors :]
+            grads: Any = self._differentiated(tensors, options, wanted, torch.ones_like(loss))
+            for output, grad in zip(outputs[1:], grads, strict=True):
+                if output is not None:
+                    output.copy_(grad)
+        return outputs
+
+    def _guarded_late(self, late: Callable[..., Any]) -> Callable[..., Any]:
+        def formula(dloss: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+            args, wanted = given[:-1], given[-1]
+            return self._differentiated(args[: self.tensors], args[self.tensors :], wanted, dloss)
+
+        return guarded(late, formula, lambda *args: kind_of(f"{self.name}_late", args[:-1]))
 
     def _late_op(self, late: Callable, gradients: str) -> Callable:
         schema = f"(Tensor dloss, {self.schema}, bool[] wanted) -> ({gradients})"
@@ -76,7 +108,9 @@ class EarlyOp:
         likes = zip(args[: self.learned], args[-1], strict=True)
         return tuple(t.new_empty(t.shape) if want else None for t, want in likes)
 
-    def _function(self, named: Callable[..., Any]) -> type[torch.autograd.Function]:
+    def _function(
+        self, named: Callable[..., Any], launch: Callable[..., Any], late: Callable[..., Any] | None
+    ) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Tensor:
             wanted = list(ctx.needs_input_grad[: self.learned])
             loss, *ctx.gradients = (named if backend.profiling() else self.launch)(*args, wanted)
@@ -85,13 +119,10 @@ class EarlyOp:
             ctx.set_materialize_grads(False)
             return loss
 
-        launch = on_device(self.launch)
-        late = on_device(self.late) if self.late else None
-
         def gradients(ctx: Any, dloss: Tensor, tensors: tuple, options: tuple, wanted: list[bool]) -> tuple:
             if late is not None and self.late_only(tensors, options):
                 return tuple(late(dloss, *tensors, *options, wanted))
-            held, ctx.gradients = ctx.gradients, None
+            held = ctx.__dict__.pop("gradients", None)  # one step: of two threads one takes them
             if held is None:
                 held = launch(*tensors, *options, wanted)[1:]
             _multiply(held, dloss)
@@ -115,8 +146,8 @@ class EarlyOp:
         return type(self.name.title().replace("_", ""), (torch.autograd.Function,), methods)
 
     def _must_be_differentiable(self, dloss: Tensor) -> bool:
-        """create_graph, or many gradients at once."""
-        return torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dloss)
+        """create_graph, or a gradient that no kernel reads."""
+        return torch.is_grad_enabled() or backend.transforming() or backend.unreadable(dloss)
 
     def _differentiated(
         self, tensors: Sequence[Tensor | None], options: tuple, wanted: list[bool], dloss: Tensor
@@ -146,14 +177,24 @@ def _multiply(gradients: Sequence[Tensor | None], dloss: Tensor) -> None:
     """Each in place by dloss, which may exceed their dtype; on a CPU only where it is not 1."""
     held = [gradient for gradient in gradients if gradient is not None]
     if backend.uses_triton(held[0]):
-        from fusedact.kernels import scale
-
-        with backend.on_device(held[0]):
-            scale.in_place(held, dloss)
+        _multiply_or_formula(dloss, *held)
     elif held[0].is_cuda or dloss != 1:
-        for gradient in held:
-            wide = backend.wide(gradient.dtype)
-            if gradient.dtype == wide:
-                gradient.mul_(dloss)
-            else:
-                gradient.copy_(gradient.to(wide) * dloss)
+        _multiply_by_torch(dloss, *held)
+
+
+def _multiply_in_one_launch(dloss: Tensor, *gradients: Tensor) -> None:
+    from fusedact.kernels import scale
+
+    scale.in_place(gradients, dloss)
+
+
+def _multiply_by_torch(dloss: Tensor, *gradients: Tensor) -> None:
+    for gradient in gradients:
+        wide = backend.wide(gradient.dtype)
+        if gradient.dtype == wide:
+            gradient.mul_(dloss)
+        else:
+            gradient.copy_(gradient.to(wide) * dloss)
+
+
+_multiply_or_formula = guarded(_multiply_in_one_launch, _multiply_by_torch, lambda *args: kind_of("scale", args))

@@ -4,6 +4,8 @@ With gradients a chunk takes three products: its logits; and, of the logits' gra
 part of dW, which is added up in float32 or wider, as db is. A loss alone takes one, where Triton runs without logits.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from fusedact import backend, tuning
 from fusedact.autograd import linear
 from fusedact.autograd.cross_entropy import cross_entropy_formula, streams
 from fusedact.autograd.early import EarlyOp
+from fusedact.autograd.given_up import guarded, kind_of
 
 CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # of a chunk's logits
 LEAST_ROWS = {"cuda": 2048, "cpu": 1}  # whatever their bytes: fewer would leave the products waiting for W
@@ -38,6 +41,7 @@ def measured_chunk(x: Tensor, linear_weight: Tensor) -> int | None:
 
 
 def _launch(
+    kernels: bool,
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -56,12 +60,12 @@ def _launch(
     numbers = label_smoothing, z_loss, softcap
     if _late_only(tensors, (ignore_index, reduction)):
         wanted = [False] * 3
-    if not any(wanted) and backend.uses_triton(x) and not target.is_floating_point():
+    if not any(wanted) and kernels and backend.uses_triton(x) and not target.is_floating_point():
         return _without_logits(*tensors, ignore_index, reduction, *numbers), None, None, None
     total: Tensor | None = None
     if reduction == "mean":
         total = _total(target, weight, sample_weight, ignore_index, backend.wide(x.dtype))
-    losses, *gradients = _by_chunks(*tensors, total, ignore_index, *numbers, chunk, wanted)
+    losses, *gradients = _by_chunks(kernels, *tensors, total, ignore_index, *numbers, chunk, wanted)
     loss = losses if reduction == "none" else losses.sum()
     return loss if total is None else loss / total.view(()), *gradients
 
@@ -71,15 +75,17 @@ def _late_only(tensors, options):
     return options[1] == "none" or tensors[0].dtype == torch.float16
 
 
-def _late(dloss, x, linear_weight, linear_bias, target, weight, sample_weight, ignore_index, reduction, *others):
+def _late(kernels, dloss, x, linear_weight, linear_bias, target, weight, sample_weight, ignore_index, *others):
     """The gradients for that dloss, which multiplies a row's loss as its sample weight does."""
+    reduction, *numbers = others
     dlosses = dloss.to(backend.wide(x.dtype)).expand(len(x))
     if reduction == "mean":
         dlosses = dlosses / _total(target, weight, sample_weight, ignore_index, dlosses.dtype)
         if not target.is_floating_point():
             dlosses = dlosses.masked_fill(target == ignore_index, 0)  # where no row counts it is inf
     dlosses = dlosses.contiguous() if sample_weight is None else dlosses * sample_weight
-    return _by_chunks(x, linear_weight, linear_bias, target, weight, dlosses, None, ignore_index, *others)[1:]
+    rows = target, weight, dlosses, None, ignore_index
+    return _by_chunks(kernels, x, linear_weight, linear_bias, *rows, *numbers)[1:]
 
 
 def _total(
@@ -102,6 +108,7 @@ def _without_logits(x, linear_weight, *others):
 
 
 def _by_chunks(
+    kernels: bool,
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -118,7 +125,7 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Losses (M,), each times its sample weight, and what is wanted of dx, dW and db, divided by `total`."""
     M, rows, dtype = len(x), chunk_rows(x, len(linear_weight), chunk), backend.wide(x.dtype)
-    on_triton, (want_x, want_weight, want_bias) = backend.uses_triton(x), wanted
+    on_triton, (want_x, want_weight, want_bias) = kernels and backend.uses_triton(x), wanted
     numbers = ignore_index, label_smoothing, z_loss, softcap
     losses = x.new_empty(M, dtype=dtype)
     dx = x.new_empty(x.shape) if want_x else None
@@ -134,9 +141,9 @@ def _by_chunks(
         else:
             z = _gradient_by_torch(F.linear(x[part], linear_weight, linear_bias), *of_rows, *numbers, any(wanted))
         if dx is not None:
-            _multiply("dx", z, linear_weight, dx[part], first=True)
+            _multiply("dx", z, linear_weight, dx[part], on_triton, first=True)
         if dw is not None:
-            _multiply("dw", z.t(), x[part], dw, first=first == 0)
+            _multiply("dw", z.t(), x[part], dw, on_triton, first=first == 0)
         if db is not None:
             db += z.sum(0, dtype=dtype)
         del z  # so that the next chunk's takes its memory
@@ -202,11 +209,11 @@ def _gradient_of_classes(logits, target, weight, sample_weight, losses, total, i
     return z.to(logits.dtype)
 
 
-def _multiply(task: str, a: Tensor, b: Tensor, into: Tensor, first: bool) -> None:
+def _multiply(task: str, a: Tensor, b: Tensor, into: Tensor, on_triton: bool, first: bool) -> None:
     """into += a b, or a b in the place of what it held, in its own dtype."""
     beta = 0 if first else 1
     if a.dtype == into.dtype:
-        tile = linear.tile_for(task, a, b.t()) if backend.uses_triton(a) else None
+        tile = linear.tile_for(task, a, b.t()) if on_triton else None
         if tile is None:
             torch.addmm(into, a, b, beta=beta, out=into)
         elif first:
@@ -242,15 +249,20 @@ def _fake(x, linear_weight, linear_bias, *others):
     )
 
 
+def _by_torch_at_need(run):
+    """run, whose first argument is whether kernels may; where they cannot be compiled the chunks are torch's."""
+    return guarded(partial(run, True), partial(run, False), lambda *args: kind_of(f"{run.__name__} of a head", args))
+
+
 linear_cross_entropy = EarlyOp(
     name="linear_cross_entropy",
     tensors=6,
     learned=3,
     schema="Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight,"
     " int ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, int chunk",
-    launch=_launch,
+    launch=_by_torch_at_need(_launch),
     fake=_fake,
-    late=_late,
+    late=_by_torch_at_need(_late),
     composite=_formula,
     late_only=_late_only,
 ).register()

@@ -30,7 +30,7 @@ class _FromOutput(Op):
         dy, (kind, dim, _) = dys[0], ctx.options
         dx = None
         if dy is not None:
-            differentiable = torch.is_grad_enabled() or backend.transforming() or backend.is_batched(dy)
+            differentiable = torch.is_grad_enabled() or backend.transforming() or backend.unreadable(dy)
             dx = (_gradient if differentiable else backward)(dy, y, kind, dim, ctx.dtype)
         return dx, *(None for _ in ctx.options)
 
@@ -83,5 +83,6 @@ softmax = _FromOutput(
     backward_schema="(Tensor dy, Tensor y, str kind, int dim, ScalarType dtype) -> Tensor",
     backward=_backward,
     backward_fake=_backward_fake,
+    backward_formula=_gradient,
     composite=_composite,
 ).register()

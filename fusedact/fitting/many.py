@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedact import backend
 from fusedact.fitting import batched, tiny
 from fusedact.fitting.engine import check_batches
 from fusedact.fitting.flat import check_rows
@@ -86,11 +87,22 @@ def fit_many(
     visited = len(x) // batch_size * batch_size if drop_last else len(x)
     sizes = [min(batch_size, visited - at) for at in range(0, visited, batch_size)]
     counts = [min(PASSES, epochs - done) for done in range(0, epochs, PASSES)]
-    passes = (row[:visited] for count in counts for row in orders(count, len(x), generator, shuffle))
+
+    def train(engine: Any) -> Tensor:
+        passes = (row[:visited] for count in counts for row in orders(count, len(x), generator, shuffle))
+        return engine.train(recipe, x, y, starts, rates, sizes, passes)
+
     obstacle = tiny.obstacle(recipe, x, sizes[0])
-    engine, reason = (batched, obstacle) if obstacle else (tiny, f"the fastest on {x.device.type}")
-    costs = engine.train(recipe, x, y, starts, rates, sizes, passes)
-    return FittedMany(costs, parameters, engine.__name__.rpartition(".")[2], reason)
+    if obstacle is None:
+        drawn_from = generator or torch.default_generator
+        before = drawn_from.get_state()
+        try:
+            return FittedMany(train(tiny), parameters, "tiny", f"the fastest on {x.device.type}")
+        except backend.launch_error() as error:
+            backend.give_up(error)
+            drawn_from.set_state(before)
+            obstacle = str(error)
+    return FittedMany(train(batched), parameters, "batched", obstacle)
 
 
 def _check(recipe: Recipe, x: Tensor, y: Tensor, epochs: int, batch_size: int, drop_last: bool) -> None:

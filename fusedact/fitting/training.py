@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedact import backend
 from fusedact.fitting.engine import Engine, Job, NotFinite, check_batches
 from fusedact.fitting.graph import Graph
 from fusedact.fitting.loop import Loop
@@ -66,9 +67,10 @@ class Training:
         batch_size = min(batch_size, len(x))
         self._job = Job(model, loss, made, x.detach().to(device), y.detach().to(device), batch_size, precision)
         self._asked_for = engine
-        self._engine, reason = _choose(self._job, engine)
+        self._refused: dict[str, str] = {}  # engines that could not be compiled, and why
+        self.fitted = Fitted("", "", made)
+        self._begin()
         self._left = _fingerprint(self._job)
-        self.fitted = Fitted(self._engine.name, reason, made)
         self._generator, self._shuffle = generator, shuffle
         self._rows = len(x)
         self._visited = len(x) // batch_size * batch_size if drop_last else len(x)
@@ -96,15 +98,14 @@ class Training:
         is not finite, with the parameters as before that step.
         """
         if _fingerprint(self._job) != self._left:  # a callback or a scheduler was there: engines keep copies
-            self._engine, self.fitted.reason = _choose(self._job, self._asked_for)
-            self.fitted.engine = self._engine.name
+            self._begin()
         epochs = min(self._epochs_per_slice, limit)
         drawn_from = self._generator or torch.default_generator
         before = drawn_from.get_state()
         started = time.perf_counter()
         visited = orders(epochs, self._rows, self._generator, self._shuffle)[:, : self._visited]
         try:
-            losses = self._engine.train(visited)
+            losses = self._trained(visited)
         except NotFinite as fault:
             raise self._stopped(fault) from None
         except BaseException:
@@ -116,6 +117,22 @@ class Training:
         seconds = time.perf_counter() - started
         self._epochs_per_slice = max(1, min(4 * epochs, int(SLICE * epochs / seconds)))
         return losses
+
+    def _trained(self, visited: Tensor) -> Tensor:
+        """By the engine, or where its kernels cannot be compiled by the next one, from where that one began."""
+        try:
+            return self._engine.train(visited)
+        except backend.launch_error() as error:
+            if self._asked_for is not None:
+                raise
+            backend.give_up(error)
+            self._refused[self._engine.name] = str(error)
+            self._begin()
+            return self._trained(visited)
+
+    def _begin(self) -> None:
+        self._engine, self.fitted.reason = _choose(self._job, self._asked_for, self._refused)
+        self.fitted.engine = self._engine.name
 
     def _write(self) -> None:
         self._engine.write()
@@ -230,12 +247,15 @@ def _optimizer(
     return optimizer
 
 
-def _choose(job: Job, asked_for: str | None) -> tuple[Engine, str]:
+def _choose(job: Job, asked_for: str | None, known: dict[str, str]) -> tuple[Engine, str]:
     """The engine, and why it is that one."""
     if asked_for is not None:
         return ENGINES[asked_for](job), "it was asked for"
     refused: list[str] = []
     for candidate in FASTEST_FIRST.get(job.x.device.type, (Loop,)):
+        if candidate.name in known:
+            refused.append(f"{candidate.name}: {known[candidate.name]}")
+            continue
         try:
             return candidate(job), "; ".join(refused) or f"the fastest on {job.x.device.type}"
         except Unsupported as reason:
