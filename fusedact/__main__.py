@@ -11,9 +11,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if missing:
         print(f"fusedact: {', '.join(missing)} not found: pip install fusedact[cli]", file=sys.stderr)
         return 2
-    from fusedact.cli import run
+    try:
+        from fusedact.cli import run
 
-    return run(args)
+        return run(args)
+    except KeyboardInterrupt:  # while it imports
+        return 130
 
 
 if __name__ == "__main__":

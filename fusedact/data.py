@@ -8,8 +8,11 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import struct
+import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedIOBase, BytesIO
 from itertools import zip_longest
@@ -34,6 +37,7 @@ MIRRORS = (
 )
 MOST_ITEMS = 1 << 20  # in an IDX file: MNIST has 60,000, and a gzip bomb may hold any number
 MOST_BYTES = 48 << 20  # in one of the four files: the largest has 47 million out of its gzip
+STALE = 3600.0  # seconds after which nobody is writing what is left beside a file
 GZIP_FAULTS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -268,16 +272,41 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all: beside its place, flushed to the disk, then renamed.
 
     Folders are made. Killed at any instant, or with two writers at once, what stands at `path` is a whole
-    file, an old or a new one.
+    file, an old or a new one; after the return a power failure, too, leaves the new one. A link at `path` stays one,
+    and what it leads to is replaced. OSError, naming the path, where it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{token_hex(4)}")
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{token_hex(4)}")
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place)
         with beside.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        beside.replace(place)
+        _flush_folder(place.parent)
+    except OSError as fault:
+        raise OSError(fault.errno, fault.strerror, str(path)) from fault
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _sweep(place: Path) -> None:
+    """Removes what writers of this file left beside it when they were killed: none of them writes for an hour."""
+    for left in place.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}", left.name):
+            with suppress(OSError):  # another one swept, or wrote, it first
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name is on the disk too, where the system can be told so of a folder."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

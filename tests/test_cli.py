@@ -144,7 +144,7 @@ def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
         (["train", "xor", "--seed", "-1"], "--seed"),
         (["train", "xor", "--start", "1,two"], "could not convert string to float: 'two'"),
         (["train", "xor", "--start", "1,2"], "the model starts from 9 numbers, received 2"),
-        (["train", "xor", "--device", "gpu"], "Expected one of cpu, cuda"),
+        pytest.param(["train", "xor", "--device", "gpu"], "Expected one of cpu, cuda", marks=pytest.mark.contract(78)),
         (["train", "xor", "--device", "meta"], "meta"),
         (["train", "xor", "--device", "cuda:99"], "cuda:99"),
         (["train", "xor", "--out", "file"], "file: File exists"),
@@ -171,6 +171,7 @@ def test_csv_data_is_made_once_and_read_again(clean_folder, capsys):
         (["info", "--chip", "sm_90"], "--chip needs --linear"),
     ],
 )
+@pytest.mark.contract(88)
 def test_fault_is_one_line(clean_folder, capsys, args, fault):
     (clean_folder / "file").touch()
     assert main(args) == 2
@@ -207,6 +208,7 @@ def test_info(capsys):
     ("args", "fault"),
     [(["tune"], "cuda: "), (["info", "--linear", "64x64x64"], "--chip asks about a GPU that is not here")],
 )
+@pytest.mark.contract(78, 88)
 def test_without_a_gpu(capsys, args, fault):
     assert main(args) == 2
     errors = capsys.readouterr().err
@@ -231,6 +233,7 @@ def test_impossible_arithmetic_is_one_line():
     assert "unknown float32 arithmetic 'fast'" in errors
 
 
+@pytest.mark.contract(89)
 def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
     def interrupted(self, every):
         yield from islice(slices(self, every), 3)
@@ -248,6 +251,7 @@ def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
     assert "out/xor-fused.pt" in capsys.readouterr().out
 
 
+@pytest.mark.contract(89)
 def test_interrupted_process(clean_folder):
     process = start("compare", "binary", "--device", "cpu", "--out", "out")
     assert process.stdout.readline().startswith("binary: tutorial, stock, fused, fit; cpu, torch threads: 1;")
@@ -282,6 +286,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(clean_folder, name, engi
     assert curves[0] == curves[1] and len(curves[0]) == 5
 
 
+@pytest.mark.contract(84)
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(clean_folder):
     process = start(*RUN, "--out", "killed")
     path = clean_folder / "killed/mnist-softmax-fused.pt"
@@ -296,6 +301,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(clean_folder):
     assert all(torch.equal(killed[parameter], whole[parameter]) for parameter in whole)
 
 
+@pytest.mark.contract(85)
 def test_another_runs_checkpoint_is_refused(clean_folder, capsys):
     assert main(["train", "xor", "--epochs", "1", "--out", "out"]) == 0
     assert main(["train", "xor", "--epochs", "2", "--out", "out", "--resume", "--lr", "3"]) == 2

@@ -136,6 +136,7 @@ def test_a_traced_model_has_no_site(models, capsys):
         (["fuse", "MODELS:Pair", "--dtype", "int8"], "unknown dtype 'int8', expected one of bfloat16, float16"),
     ],
 )
+@pytest.mark.contract(88)
 def test_fault_is_one_line(models, capsys, args, fault):
     assert main([arg.replace("MODELS", models) for arg in args]) == 2
     captured = capsys.readouterr()

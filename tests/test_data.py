@@ -105,7 +105,7 @@ class TestTable:
         assert torch.equal(torch.get_rng_state(), torch_state)
         assert np.array_equal(np.random.get_state()[1], numpy_state)
 
-    @pytest.mark.parametrize("rows", [1, 50])
+    @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.contract(69)), 50])
     def test_csv_holds_the_same_table(self, make, rows, tmp_path):
         path = tmp_path / "new" / "table.csv"
         for table in (make(rows, path=path), make(rows, path=str(path))):
@@ -175,6 +175,7 @@ CSV_FAULTS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("content", "line", "column"), CSV_FAULTS.values(), ids=CSV_FAULTS)
+@pytest.mark.contract(69, 87)
 def test_csv_fault_is_named(content, line, column, tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
@@ -235,6 +236,7 @@ IDX_FAULTS = {
 
 
 @pytest.mark.parametrize(("content", "message"), IDX_FAULTS.values(), ids=IDX_FAULTS)
+@pytest.mark.contract(70, 86)
 def test_idx_fault_is_named(content, message, tmp_path):
     path = tmp_path / "images"
     path.write_bytes(content)
@@ -253,6 +255,7 @@ def test_idx_fault_is_named(content, message, tmp_path):
     ],
     ids=["bomb", "bomb of a huge header", "huge header", "gz of the header promising more"],
 )
+@pytest.mark.contract(86)
 def test_idx_is_refused_before_allocating(content, tmp_path):
     path = tmp_path / "images"
     path.write_bytes(content)
@@ -342,6 +345,7 @@ MNIST_FAULTS = {
 
 @pytest.mark.parametrize(("files", "message"), MNIST_FAULTS.values(), ids=MNIST_FAULTS)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.contract(70, 86)
 def test_mnist_fault_is_named(files, message, suffix, tmp_path):
     fill(tmp_path, files, suffix)
     with pytest.raises(ValueError, match=message) as caught:
@@ -503,6 +507,7 @@ def run(code: str, *arguments: object) -> int:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], timeout=120).returncode
 
 
+@pytest.mark.contract(84)
 def test_two_processes_download_at_once(mirrors, cache):
     code = """
 data.SHA256, data.MIRRORS = eval(sys.argv[1]), eval(sys.argv[2])
@@ -519,6 +524,7 @@ if child:
 # Writing
 
 
+@pytest.mark.contract(67, 84)
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fusedact.activations import TABLE
 from fusedact.backend import uses_triton
 from fusedact.cli.options import Device, Threads, console, implementation, one_of, sizes
+from fusedact.data import write_whole
 from fusedact.profiling import ceilings
 from fusedact.profiling.cases import CASES, SMALL, Case
 from fusedact.profiling.choosing import cases_for
@@ -121,7 +122,7 @@ def bench(
     finally:  # what was measured is shown on Ctrl-C too
         print(*_lines(found), "", *_remarks(found), sep="\n")
         if json is not None:
-            json.write_text(json_format.dumps(_record(found), indent=1))
+            write_whole(json, json_format.dumps(_record(found), indent=1).encode())
             print(json)
     if faults := [f"{r['verdict']}: {case.name}" for case, r in found.results.items() if r["verdict"] in FAULTS]:
         print(*faults, sep="\n")
