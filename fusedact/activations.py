@@ -6,7 +6,7 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 from keyword import iskeyword
 from typing import Any
 
@@ -29,6 +29,7 @@ class Activation:
     low_precision: under CUDA autocast stock runs it in the low precision, not in float32.
     fused_alone: its own kernel is worth a launch without a linear layer before it, since stock launches several;
         prelu's does in the backward, where its slope learns. Stock's one kernel is as fast as memory.
+    in_place: whether torch takes the derivative of it done in place, (*parameters) -> bool, where that depends on them.
     derivative_from_output: where stock saves nothing but its result, (dy, y) -> dx in torch's operations.
     """
 
@@ -42,6 +43,7 @@ class Activation:
     learned: bool = False
     low_precision: bool = True
     fused_alone: bool = False
+    in_place: Callable[..., bool] | None = None
     derivative_from_output: Callable[[Tensor, Tensor], Tensor] | None = None
     default_values: tuple[float, ...] = field(init=False)
 
@@ -86,6 +88,10 @@ def _always(dtype: torch.dtype, *parameters: float) -> bool:
     return True
 
 
+def _nonnegative(number: float) -> bool:
+    return number >= 0
+
+
 def _nonnegative_slope(dtype: torch.dtype, negative_slope: float) -> bool:
     return negative_slope >= 0
 
@@ -94,7 +100,7 @@ def _value_not_above(dtype: torch.dtype, threshold: float, value: float) -> bool
     return value <= threshold and _exact(dtype, threshold, value)
 
 
-@cache
+@lru_cache(4096)
 def _exact(dtype: torch.dtype, *numbers: float) -> bool:
     """The output can stand at these numbers and be told from them: rounding moves none."""
     return all(torch.tensor(number, dtype=dtype).item() == number for number in numbers)
@@ -127,9 +133,9 @@ TABLE = (
     Activation("sigmoid", F.sigmoid, nn.Sigmoid, from_output=_always, derivative_from_output=torch.ops.aten.sigmoid_backward),  # noqa: E501
     Activation("tanh", F.tanh, nn.Tanh, from_output=_always, derivative_from_output=torch.ops.aten.tanh_backward),
     Activation("relu", F.relu, nn.ReLU, from_output=_always, derivative_from_output=_relu_derivative),
-    Activation("leaky_relu", F.leaky_relu, nn.LeakyReLU, defaults=(("negative_slope", 0.01),), from_output=_nonnegative_slope),  # noqa: E501
+    Activation("leaky_relu", F.leaky_relu, nn.LeakyReLU, defaults=(("negative_slope", 0.01),), from_output=_nonnegative_slope, in_place=_nonnegative),  # noqa: E501
     Activation("prelu", F.prelu, nn.PReLU, learned=True, fused_alone=True),
-    Activation("elu", F.elu, nn.ELU, defaults=(("alpha", 1.0),)),
+    Activation("elu", F.elu, nn.ELU, defaults=(("alpha", 1.0),), in_place=_nonnegative),
     Activation("gelu", F.gelu, nn.GELU, approximate="none"),
     Activation("gelu_tanh", partial(F.gelu, approximate="tanh"), nn.GELU, approximate="tanh"),
     Activation("silu", F.silu, nn.SiLU),
@@ -141,7 +147,7 @@ TABLE = (
     Activation("softplus", F.softplus, nn.Softplus, defaults=(("beta", 1.0), ("threshold", 20.0)), from_output=_linear_part_is_exact, low_precision=False),  # noqa: E501
     Activation("softsign", F.softsign, nn.Softsign, fused_alone=True),
     Activation("selu", F.selu, nn.SELU),
-    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),), valid=lambda alpha: alpha > 0),
+    Activation("celu", F.celu, nn.CELU, defaults=(("alpha", 1.0),), valid=lambda alpha: alpha > 0, in_place=_nonnegative),  # noqa: E501
     Activation("logsigmoid", F.logsigmoid, nn.LogSigmoid),
     Activation("tanhshrink", F.tanhshrink, nn.Tanhshrink, fused_alone=True),
     Activation("softshrink", F.softshrink, nn.Softshrink, defaults=(("lambd", 0.5),), valid=lambda lambd: lambd >= 0),
@@ -169,7 +175,8 @@ def lines_of(stock: Callable[..., Any]) -> dict[str | None, Activation]:
 
 
 def of_module(module: Any) -> tuple[Activation, tuple[float, ...], Tensor | None] | None:
-    """The activation, parameters and slope of an activation module, or None for any other module.
+    """The activation, parameters and slope of an activation module, or None for any other module, and for one that
+    torch does in place and cannot differentiate so.
 
     The module is torch.nn's, ours or a registered one. A subclass is another module: it may compute something else.
     """
@@ -180,6 +187,8 @@ def of_module(module: Any) -> tuple[Activation, tuple[float, ...], Tensor | None
     if activation is None:
         return None
     parameters = tuple(float(getattr(module, name)) for name, _ in activation.defaults)
+    if activation.in_place is not None and vars(module).get("inplace") and not activation.in_place(*parameters):
+        return None  # torch's own, whose backward says so
     return activation, parameters, module.weight if activation.learned else None
 
 
@@ -278,8 +287,9 @@ def _check_derivative(entry: Registered) -> None:
         y = entry.reference(x.requires_grad_(), *values)
         ours = entry.derivative(dy, x.detach(), *values)
         for what, result in (("reference", y), ("derivative", ours)):
-            if not isinstance(result, Tensor) or result.shape != x.shape or result.dtype != x.dtype:
-                raise ValueError(f"{what} of activation {entry.name!r} must keep its input's shape and dtype")
+            kept = ("shape", "dtype", "device")
+            if not isinstance(result, Tensor) or any(getattr(result, part) != getattr(x, part) for part in kept):
+                raise ValueError(f"{what} of activation {entry.name!r} must keep its input's shape, dtype and device")
         if not y.requires_grad:
             raise ValueError(f"reference of activation {entry.name!r} has no gradient")
         (truth,) = torch.autograd.grad(y, x, dy, materialize_grads=True)

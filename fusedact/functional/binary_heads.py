@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fusedact import autograd, backend
 from fusedact.functional.binary_losses import as_float32, binary_cross_entropy_with_logits, fits
-from fusedact.functional.checks import on_triton
+from fusedact.functional.checks import on_triton, refuse_meta
 
 
 def linear_binary_cross_entropy_with_logits(
@@ -30,7 +30,8 @@ def linear_binary_cross_entropy_with_logits(
 
     Raises the errors of torch.nn.functional.linear and binary_cross_entropy_with_logits.
     """
-    if on_triton(input, linear_weight, target, linear_bias, weight, pos_weight):
+    given = linear_weight is not None and target is not None
+    if given and on_triton(input, linear_weight, target, linear_bias, weight, pos_weight):
         w, b, t, factor, positive = linear_weight, linear_bias, target, weight, pos_weight
         dtype = input.dtype
         if dtype != torch.float64 and backend.autocast_dtype(input) is not None:
@@ -38,6 +39,7 @@ def linear_binary_cross_entropy_with_logits(
             dtype = torch.float32
         if _head_fits(input, w, b, t, dtype) and fits(t, t, reduction, factor, positive):
             return autograd.linear_bce(input, w, b, t, factor, positive, reduction)
+    refuse_meta(input, linear_weight)
     z = F.linear(input, linear_weight, linear_bias)
     return binary_cross_entropy_with_logits(z, target, weight, reduction=reduction, pos_weight=pos_weight)
 

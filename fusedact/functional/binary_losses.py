@@ -26,7 +26,7 @@ def binary_cross_entropy_with_logits(
     Raises torch.nn.functional.binary_cross_entropy_with_logits's errors, and is a drop-in for it.
     """
     reduction = resolved_reduction(size_average, reduce, reduction)
-    if on_triton(input, target, weight, pos_weight):
+    if target is not None and on_triton(input, target, weight, pos_weight):
         if backend.autocast_dtype(input) is not None:
             input, target, weight, pos_weight = as_float32(input, target, weight, pos_weight)
         if fits(input, target, reduction, weight, pos_weight):
@@ -52,7 +52,7 @@ def binary_cross_entropy(
     Raises torch.nn.functional.binary_cross_entropy's errors, and is a drop-in for it.
     """
     reduction = resolved_reduction(size_average, reduce, reduction)
-    if on_triton(input, target, weight):
+    if target is not None and on_triton(input, target, weight):
         banned = False
         if backend.autocast_dtype(input) is not None:
             banned = input.is_cuda
@@ -80,7 +80,7 @@ def multilabel_soft_margin_loss(
     Raises torch.nn.functional.multilabel_soft_margin_loss's errors, and is a drop-in for it.
     """
     reduction = resolved_reduction(size_average, reduce, reduction)
-    if on_triton(input, target, weight):
+    if target is not None and on_triton(input, target, weight):
         if input.is_cuda and backend.autocast_dtype(input) is not None:  # where its sum runs in float32
             input, target, weight = as_float32(input, target, weight)
         if input.dim() and input.shape[-1] and fits(input, target, reduction, weight, integers=True):

@@ -29,6 +29,14 @@ def _readable(t: Tensor) -> bool:
     return t.layout is STRIDED and not t.is_nested
 
 
+def refuse_meta(input: Tensor, *others: Tensor | None) -> None:
+    """RuntimeError where torch would take a meta weight for an input with values, and answer with unwritten memory."""
+    if any(isinstance(t, Tensor) and t.is_meta for t in others) and isinstance(input, Tensor) and not input.is_meta:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {input.device} and meta"
+        )
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every floating tensor but float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

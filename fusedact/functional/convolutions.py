@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedact import autograd, backend
-from fusedact.functional.checks import cast, on_triton, resolved
+from fusedact.functional.checks import cast, on_triton, refuse_meta, resolved
 
 Numbers = int | Sequence[int]  # one for all dimensions, or one for each
 
@@ -183,12 +183,14 @@ def _convolution(
     if activation is None:
         if parameters or slope is not None:
             raise TypeError(f"{kind.name}() takes an activation's parameters only together with activation=")
+        refuse_meta(input, weight, bias)
         return kind.stock(input, weight, bias, *options)
     found = resolved(kind.name, activation, slope, parameters)
     if isinstance(found, nn.Module):
+        refuse_meta(input, weight, bias)
         return found(kind.stock(input, weight, bias, *options))
     act, values, slope = found
-    fused = on_triton(input, weight, bias, slope)
+    fused = weight is not None and on_triton(input, weight, bias, slope)
     low = backend.autocast_dtype(input) if fused else None
     if low is not None:
         fused = act.low_precision
@@ -198,6 +200,7 @@ def _convolution(
         geometry = _geometry(kind, weight, options)
         if geometry is not None and _fits(kind, input, weight, bias, slope, geometry.groups):
             return autograd.convolution_act(input, weight, bias, slope, *geometry, act.name, values)
+    refuse_meta(input, weight, bias)
     z = kind.stock(input, weight, bias, *options)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
 

@@ -35,7 +35,7 @@ def gated(
     act, values, learned = found
     if learned is not None:
         return act.reference(gate, learned) * up
-    if on_triton(gate, up) and _fits(gate, up, act, values):
+    if up is not None and on_triton(gate, up) and _fits(gate, up, act, values):
         return autograd.gated(gate, up, act.name, values)
     return act.reference(gate, *values) * up
 

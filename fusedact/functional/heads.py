@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
-from fusedact.functional.checks import PLAIN, STRIDED, cast, checked_reduction, on_triton
-from fusedact.functional.losses import check_classes, check_extensions, cross_entropy, wants_gradient
+from fusedact.functional.checks import PLAIN, STRIDED, cast, checked_reduction, on_triton, refuse_meta
+from fusedact.functional.losses import check_classes, check_extensions, cross_entropy, smooths, wants_gradient
 
 SMALL = 2**26  # bytes of logits that may as well be whole where no kernel runs
 
@@ -86,14 +86,8 @@ def linear_cross_entropy(
                     )
             loss = _loss(cast_head, ignore_index, checked_reduction(None, None, reduction), *numbers, chunk or 0)
             return loss if low is not None else loss.to(input.dtype)
-    rows = math.prod(linear_weight.shape[:-1])
-    logits = F.linear(
-        input,
-        linear_weight.reshape(rows, linear_weight.shape[-1]),
-        linear_bias if linear_bias is None else linear_bias.reshape(rows),
-    )
     return cross_entropy(
-        logits.reshape(shape),
+        _whole_logits(input, linear_weight, linear_bias, shape),
         target,
         weight,
         ignore_index=ignore_index,
@@ -125,6 +119,14 @@ def _logits_shape(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
         )
     return (*input.shape[:-1], *outputs)
+
+
+def _whole_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    refuse_meta(input, linear_weight)
+    if linear_weight.dim() == 2:
+        return F.linear(input, linear_weight, linear_bias)
+    linear_bias = linear_bias if linear_bias is None else linear_bias.flatten()
+    return F.linear(input, linear_weight.flatten(end_dim=-2), linear_bias).reshape(shape)
 
 
 def _autocast(head: _Head, low: torch.dtype) -> _Head:
@@ -161,7 +163,7 @@ def _fits(head: _Head, ignore_index: int, label_smoothing: float, autocast: bool
     of_loss = torch.float32 if autocast and dtype is not torch.float64 else dtype
     if weight is not None and (weight.shape != (classes,) or weight.dtype is not of_loss):
         return False
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63 or not 0.0 <= label_smoothing <= 1.0:
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63 or not smooths(label_smoothing):
         return False
     if wants_gradient(target, weight, sample_weight):
         return False

@@ -1,5 +1,6 @@
 """The losses of a class among many."""
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
-from fusedact.functional.checks import cast, checked_reduction, class_dim, on_triton
+from fusedact.functional.checks import STRIDED, cast, checked_reduction, class_dim, on_triton
 
 
 @overload
@@ -55,17 +56,19 @@ def cross_entropy(
     where the loss's own gradient will be 1, as it is after `loss.backward()`, and costs a read and a write of the
     gradient more where it is not (a scaled or averaged loss). Only a mean or a sum, without return_lse, not in float16.
 
-    Raises torch.nn.functional.cross_entropy's errors, and ValueError for a negative z_loss, a softcap that is not
-    positive, and a sample_weight of another shape. Source: torch.nn.functional.cross_entropy.
+    Raises torch.nn.functional.cross_entropy's errors, and ValueError for a z_loss that is not finite or negative, a
+    softcap that is not finite or not positive, and a sample_weight of another shape or not of real numbers. Source:
+    torch.nn.functional.cross_entropy.
     """
-    extended = return_lse or softcap is not None or sample_weight is not None or z_loss != 0.0
+    tensors = isinstance(input, Tensor) and isinstance(target, Tensor)  # else torch names the one that is none
+    extended = tensors and (return_lse or softcap is not None or sample_weight is not None or z_loss != 0.0)
     if extended:
         check_extensions(input, z_loss, softcap, sample_weight)
-    fused = on_triton(input, target, weight, sample_weight)
+    fused = tensors and on_triton(input, target, weight, sample_weight)
     if (fused or extended) and backend.autocast_dtype(input) is not None:
         input, target = cast(input, torch.float32), cast(target, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
-    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and 0.0 <= label_smoothing <= 1.0
+    fused = fused and _class_loss_fits(input, target, weight, ignore_index) and smooths(label_smoothing)
     fused = fused and not wants_gradient(weight, sample_weight)
     if not (fused or extended):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -96,7 +99,7 @@ def nll_loss(
 
     Raises torch.nn.functional.nll_loss's errors. Source: torch.nn.functional.nll_loss.
     """
-    fused = on_triton(input, target, weight)
+    fused = target is not None and on_triton(input, target, weight)
     if fused and backend.autocast_dtype(input) is not None:
         input = cast(input, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
@@ -110,17 +113,27 @@ def nll_loss(
 
 
 def check_extensions(input: Tensor, z_loss: float, softcap: float | None, sample_weight: Tensor | None) -> None:
-    if z_loss < 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must not be negative, infinite or NaN, got {z_loss}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if sample_weight is not None:
-        rows = _rows_shape(input)
-        if sample_weight.shape != rows:
-            raise ValueError(
-                f"sample_weight must have one number for each row of input {tuple(input.shape)}, that is "
-                f"{rows}, got {tuple(sample_weight.shape)}"
-            )
+        _check_sample_weight(sample_weight, input)
+
+
+def _check_sample_weight(sample_weight: Tensor, input: Tensor) -> None:
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be Tensor, not {type(sample_weight).__name__}")
+    if sample_weight.layout is not STRIDED or sample_weight.is_complex() or sample_weight.is_quantized:
+        given = f"{sample_weight.dtype} of layout {sample_weight.layout}"
+        raise ValueError(f"sample_weight must be real numbers of layout {STRIDED}, got {given}")
+    rows = _rows_shape(input)
+    if sample_weight.is_nested or sample_weight.shape != rows:
+        shape = "a nested tensor" if sample_weight.is_nested else tuple(sample_weight.shape)
+        raise ValueError(
+            f"sample_weight must have one number for each row of input {tuple(input.shape)}, that is "
+            f"{rows}, got {shape}"
+        )
 
 
 def _rows_shape(input: Tensor) -> tuple[int, ...]:
@@ -141,6 +154,11 @@ def _class_loss_fits(input: Tensor, target: Tensor, weight: Tensor | None, ignor
     if target.is_floating_point():
         return target.shape == input.shape and target.dtype == input.dtype and ignore_index < 0
     return target.dtype == torch.int64 and target.shape == _rows_shape(input)
+
+
+def smooths(label_smoothing: float) -> bool:
+    """Whether that is a label smoothing; torch answers for all else."""
+    return isinstance(label_smoothing, float | int) and 0.0 <= label_smoothing <= 1.0
 
 
 def _knows_its_gradient(input: Tensor, target: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedact import autograd, backend
 from fusedact.activations import Activation
-from fusedact.functional.checks import cast, on_triton, resolved
+from fusedact.functional.checks import cast, on_triton, refuse_meta, resolved
 
 
 def linear(
@@ -35,11 +35,13 @@ def linear(
     if activation is None:
         if parameters or slope is not None:
             raise TypeError("linear() takes an activation's parameters only together with activation=")
+        refuse_meta(input, weight)
         return F.linear(input, weight, bias) if out is None else F.linear(input, weight, bias, out=out)  # type: ignore[call-arg]
     if out is not None:
         raise TypeError("linear() takes out= only without activation=")
     found = resolved("linear", activation, slope, parameters)
     if isinstance(found, nn.Module):
+        refuse_meta(input, weight)
         return found(F.linear(input, weight, bias))
     return _linear_act(input, weight, bias, *found)
 
@@ -56,20 +58,52 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     Raises what `linear` raises.
     """
+    run = _stock_layer if on_triton(input) and not _all_fit(input, layers) else _layer
     first = 0  # of those that a gradient goes through: nothing of a frozen one before it need be kept
-    if torch.is_grad_enabled():
+    if run is _layer and torch.is_grad_enabled():
         while first < len(layers) and not any(_wants_gradient(part) for part in (input, *layers[first])):
             input = _layer(input, layers[first])
             first += 1
         chained = _chained(input, layers[first:]) if first + 1 < len(layers) else None
         if chained is not None:
             return autograd.linear_chain(*chained)
-    return functools.reduce(_layer, layers[first:], input)
+    return functools.reduce(run, layers[first:], input)
 
 
 def _layer(input: Tensor, layer: Layer) -> Tensor:
     weight, bias, activation = layer
     return linear(input, weight, bias, activation=activation)
+
+
+def _stock_layer(input: Tensor, layer: Layer) -> Tensor:
+    weight, bias, activation = layer
+    found = None if activation is None else resolved("linear", activation, None, {})
+    if found is None or isinstance(found, nn.Module):
+        return linear(input, weight, bias, activation=activation)
+    return _stock_act(input, weight, bias, *found)
+
+
+def _all_fit(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """No layer after the first is one that the kernels do not take, as far as that shows before the first launch.
+
+    Else all of them are torch's, which then raises its own error with nothing launched. Under autocast, which casts
+    layer by layer, each is asked when it comes.
+    """
+    if len(layers) < 2 or backend.autocast_dtype(x) is not None:
+        return True
+    features = _features(x)
+    for weight, bias, activation in layers:
+        found = None if activation is None else resolved("linear", activation, None, {})
+        ours = None if isinstance(found, nn.Module) else found
+        slope = ours[2] if ours else None
+        if weight is None or not on_triton(x, weight, bias, slope) or (ours and not _fuses(ours, None)):
+            return False
+        if not _linear_fits(x, features, weight, bias, slope):
+            return False
+        if isinstance(found, nn.Module):  # what it gives cannot be known
+            return True
+        features = len(weight)
+    return True
 
 
 def _wants_gradient(part: Tensor | nn.Module | str | None) -> bool:
@@ -114,7 +148,7 @@ def _linear_act(
     values: tuple[float, ...],
     slope: Tensor | None,
 ) -> Tensor:
-    fused = on_triton(input, weight, bias, slope)
+    fused = weight is not None and on_triton(input, weight, bias, slope)
     low = backend.autocast_dtype(input) if fused else None
     if low is not None:
         fused = act.low_precision
@@ -127,6 +161,18 @@ def _linear_act(
         and not autograd.prefers_stock(input, weight)
     ):
         return autograd.linear_act(input, weight, bias, slope, act.name, values)
+    return _stock_act(input, weight, bias, act, values, slope)
+
+
+def _stock_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: Activation,
+    values: tuple[float, ...],
+    slope: Tensor | None,
+) -> Tensor:
+    refuse_meta(input, weight)
     z = F.linear(input, weight, bias)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,8 @@ _BUILTINS = {abs, bool, float, int, len, max, min, pow, range, sum}
 _MODES = ("training", "backends")
 _ASKING = ("__", "is_", "are_", "get_")  # is_grad_enabled, get_default_dtype
 _FORBIDDEN = ("JUMP", "FOR_ITER", "STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "DELETE_", "IMPORT_")
-_FOUND: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
+_FOUND: dict[Any, Any] = {}
+_MOST_FOUND = 256  # of classes with their numbers; then it starts anew, which lets go of classes that nobody has
 _KINKS = (-20.0, -6.0, -3.0, -2.0, -1.0, -0.5, -0.25, -0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 6.0, 20.0, 100.0)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _EXTREMES = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0)
@@ -122,11 +122,13 @@ def _remembered(find: Callable[[nn.Module], Any], module: nn.Module) -> Any:
     if not all(isinstance(value, _NUMBERS) for value in own.values()):
         return _found(find, module)
     kind = type(module)
-    memory, key = _FOUND.setdefault(kind, {}), (find, repr(own), len(ACTIVATIONS))
-    then, found = memory.get(key, ({}, None))
+    key = kind, find, repr(own), len(ACTIVATIONS)
+    then, found = _FOUND.get(key, ({}, None))
     if then.keys() != members.keys() or not unchanged(kind, then):
         found = _found(find, module)
-        memory[key] = members, found
+        if len(_FOUND) >= _MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[key] = members, found
     return found
 
 

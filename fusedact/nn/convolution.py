@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import functional
+from fusedact.functional.checks import refuse_meta
 from fusedact.nn.activation import of_layer
 from fusedact.nn.hooks import is_plain
 
@@ -17,6 +18,7 @@ class _Layer(torch.nn.Module):
     """What a convolution with an activation has beyond torch.nn's, whose class stands after it among the bases."""
 
     activation: torch.nn.Module | str | None
+    weight: Tensor
 
     def extra_repr(self) -> str:
         named = f", activation={self.activation!r}" if isinstance(self.activation, str) else ""
@@ -57,6 +59,7 @@ class _Conv(_Layer):
     def forward(self, input: Tensor) -> Tensor:
         activation = self.activation
         if activation is None:
+            refuse_meta(input, self.weight)
             return super().forward(input)
         if isinstance(activation, torch.nn.Module) and not is_plain(activation):
             return activation(super().forward(input))
@@ -99,6 +102,7 @@ class _ConvTranspose(_Layer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         activation = self.activation
         if activation is None:
+            refuse_meta(input, self.weight)
             return super().forward(input, output_size)
         if isinstance(activation, torch.nn.Module) and not is_plain(activation):
             return activation(super().forward(input, output_size))

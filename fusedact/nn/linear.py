@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import functional
+from fusedact.functional.checks import refuse_meta
 from fusedact.nn.activation import of_layer
 from fusedact.nn.hooks import is_plain
 
@@ -39,7 +40,10 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         activation = self.activation
         if activation is None:
-            return F.linear(input, self.weight, self.bias)  # stock's forward, without the call of it
+            weight = self.weight
+            if weight.is_meta:
+                refuse_meta(input, weight)
+            return F.linear(input, weight, self.bias)  # stock's forward, without the call of it
         if isinstance(activation, torch.nn.Module) and not is_plain(activation):
             return activation(super().forward(input))
         return functional.linear(input, self.weight, self.bias, activation=activation)

@@ -107,9 +107,10 @@ def tune_head(head: Problem, device: torch.device, ways: Mapping[str, Way]) -> F
 
     What is found holds in this process.
     """
-    x, w = (torch.randn(size, head.K, dtype=head.dtype, device=device) for size in (head.M, head.N))
+    own = _generator(device)
+    x, w = (torch.randn(size, head.K, dtype=head.dtype, device=device, generator=own) for size in (head.M, head.N))
     w /= head.K**0.5
-    target = torch.randint(head.N, (head.M,), device=device)
+    target = torch.randint(head.N, (head.M,), device=device, generator=own)
     tensors = x.requires_grad_(), w.requires_grad_(), target
     steps = {name: [partial(_learned, way, *tensors)] for name, way in ways.items()}
     with _float32_products(head.precision):
@@ -130,10 +131,16 @@ def _set_count(layer: Layer, device: torch.device) -> int:
     return max(1, min(QUEUED, math.ceil(cold / (numbers * layer.dtype.itemsize))))
 
 
+def _generator(device: torch.device) -> torch.Generator:
+    """Of the tuner's own: nobody's random numbers are others because it ran."""
+    return torch.Generator(device).manual_seed(0)
+
+
 def _inputs(layer: Layer, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
     """What each problem is given, by its label."""
     shapes = ((layer.M, layer.K), (layer.N, layer.K), (layer.N,), (layer.M, layer.N))
-    x, w, b, dz = (torch.randn(shape, dtype=layer.dtype, device=device) for shape in shapes)
+    own = _generator(device)
+    x, w, b, dz = (torch.randn(shape, dtype=layer.dtype, device=device, generator=own) for shape in shapes)
     w /= layer.K**0.5
     recorded = (t.detach().requires_grad_() for t in (x, w, b))
     return {
