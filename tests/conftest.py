@@ -1,17 +1,21 @@
 """What every test file shares: where kernels run, what memory nobody wrote holds, one oracle, a launch counter."""
 
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from samples import offline
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which reads it
 
 import fusedact
+from fusedact import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+sys.addaudithook(offline.refuse)
 settings.register_profile(
     "kernels",
     max_examples=10 if DEVICE == "cuda" else 40,  # on a GPU most examples are a compilation
@@ -49,6 +53,114 @@ def triton_backend():
     with fusedact.use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _labels(x):
+    return torch.arange(len(x), device=x.device) % 3
+
+
+def _weights(x, dim=0):
+    return torch.linspace(0.5, 1.5, x.shape[dim], dtype=x.dtype, device=x.device)
+
+
+# Every op: a function, and the shapes of the numbers that it takes, of which each may want a gradient.
+EVERY_OP = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), [(5, 7), (4, 7), (4,)]),
+    "linear relu": (lambda x, w, b: F.linear(x, w, b, activation="relu"), [(5, 7), (4, 7), (4,)]),
+    "linear gelu": (lambda x, w, b: F.linear(x, w, b, activation="gelu"), [(2, 3, 7), (4, 7), (4,)]),
+    "linear prelu": (lambda x, w, s: F.linear(x, w, activation="prelu", slope=s), [(5, 7), (4, 7), (4,)]),
+    "linear_chain": (
+        lambda x, v, a, w, b: F.linear_chain(x, ((v, a, "relu"), (w, b, "gelu"))),
+        [(5, 7), (6, 7), (6,), (4, 6), (4,)],
+    ),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, activation="tanh"), [(2, 3, 6), (4, 3, 3), (4,)]),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, activation="silu"), [(2, 3, 5, 4), (4, 3, 3, 3), (4,)]),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, activation="relu"), [(2, 3, 4, 3), (3, 4, 2, 2), (4,)],
+    ),
+    "relu": (F.relu, [(5, 7)]),
+    "gelu": (F.gelu, [(5, 7)]),
+    "softsign": (F.softsign, [(5, 7)]),
+    "prelu": (F.prelu, [(5, 7), (7,)]),
+    "squared_relu": (F.squared_relu, [(5, 7)]),
+    "gated": (lambda gate, up: F.gated(gate, up), [(5, 7), (5, 7)]),
+    "softmax": (lambda x: F.softmax(x, 1), [(5, 7)]),
+    "log_softmax": (lambda x: F.log_softmax(x, 0), [(5, 7)]),
+    "softmin": (lambda x: F.softmin(x, 1), [(5, 7, 3)]),
+    "cross_entropy": (lambda x: F.cross_entropy(x, _labels(x)), [(5, 7)]),
+    "cross_entropy early": (lambda x: F.cross_entropy(x, _labels(x), grad_in_forward=True), [(5, 7)]),
+    "cross_entropy none": (
+        lambda x: F.cross_entropy(x, _labels(x), _weights(x, 1), reduction="none", label_smoothing=0.1), [(5, 7)],
+    ),
+    "cross_entropy of all": (
+        lambda x: F.cross_entropy(x, _labels(x), z_loss=0.1, softcap=5.0, sample_weight=_weights(x)), [(5, 7)],
+    ),
+    "probabilities": (lambda x, t: F.cross_entropy(x, t), [(5, 7), (5, 7)]),
+    "nll_loss": (lambda x: F.nll_loss(x, _labels(x), _weights(x, 1)), [(5, 7)]),
+    "bce": (lambda x: F.binary_cross_entropy(x.sigmoid(), torch.full_like(x, 0.25)), [(5, 7)]),
+    "bce with logits": (
+        lambda x, t: F.binary_cross_entropy_with_logits(x, t, pos_weight=_weights(x, 1)), [(5, 7), (5, 7)],
+    ),
+    "bce with logits none": (
+        lambda x, t: F.binary_cross_entropy_with_logits(x, t, reduction="none"), [(5, 7), (5, 7)],
+    ),
+    "multilabel": (lambda x: F.multilabel_soft_margin_loss(x, torch.full_like(x, 0.75)), [(5, 7)]),
+    "linear_cross_entropy": (
+        lambda x, w, b: F.linear_cross_entropy(x, w, _labels(x), linear_bias=b), [(5, 7), (4, 7), (4,)],
+    ),
+    "linear_cross_entropy none": (
+        lambda x, w: F.linear_cross_entropy(x, w, _labels(x), reduction="none"), [(5, 7), (4, 7)],
+    ),
+    "linear_bce": (
+        lambda x, w, b: F.linear_binary_cross_entropy_with_logits(x, w, _weights(x)[:, None], linear_bias=b),
+        [(5, 7), (1, 7), (1,)],
+    ),
+}  # fmt: skip
+
+
+EACH_WAY = ("linear gelu", "relu", "cross_entropy early", "linear_bce")  # one of each way into autograd
+
+
+class EveryOp:
+    """One op of that table: run(*inputs()), of which each input is the same in every call and wants a gradient."""
+
+    def __init__(self, name, backend, device) -> None:
+        self.name, self.backend, self.device = name, backend, device
+        self.run, self.shapes = EVERY_OP[name]
+
+    def inputs(self, dtype=torch.float32, grad=True):
+        generator = torch.Generator().manual_seed(1)
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
+        return [t.to(self.device, dtype).requires_grad_(grad) for t in drawn]
+
+    def gradients(self, inputs):
+        """Those of the inputs, where the result's is not the same everywhere."""
+        y = self.run(*inputs)
+        return torch.autograd.grad(y, inputs, self.dy(y))
+
+    def dy(self, y):
+        return torch.linspace(0.5, 2.0, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((name, backend), id=f"{name}-{backend}", marks=[] if name in EACH_WAY else pytest.mark.exhaustive)
+        for name in EVERY_OP
+        for backend in ("torch", "triton")
+    ]
+)
+def every_op(request, device):
+    """In the PyTorch fallback, and as kernels. Those of EACH_WAY in every run, the others where all is run."""
+    name, backend = request.param
+    with fusedact.use_backend(backend):
+        yield EveryOp(name, backend, device)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def either_backend(request):
+    """The PyTorch fallback; kernels."""
+    with fusedact.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

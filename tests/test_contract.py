@@ -120,6 +120,7 @@ def test_exported_program_holds_the_registered_op(device, triton_backend):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.contract(59)
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jacrev", "hessian", "forward_ad"])
 def test_transforms_take_torchs_formula(transform, device, triton_backend):
     weight, bias = torch.randn(4, 3, device=device), torch.randn(4, device=device)
@@ -246,6 +247,7 @@ def test_an_output_may_be_changed_in_place(mode, lead, device, triton_backend):
         y.sum().backward()
 
 
+@pytest.mark.contract(51)
 def test_an_output_that_is_saved_may_not(device, triton_backend):
     """As stock's relu, sigmoid and tanh."""
     x, w = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
@@ -284,6 +286,7 @@ def test_no_graph_without_gradients(mode, device, triton_backend):
         assert not F.cross_entropy(model(x), target).requires_grad
 
 
+@pytest.mark.contract(50)
 def test_backward_twice_is_torchs_error(device, triton_backend):
     model, (x, target) = network(device), batch(device)
     loss = F.cross_entropy(model(x), target)
@@ -292,6 +295,7 @@ def test_backward_twice_is_torchs_error(device, triton_backend):
         loss.backward()
 
 
+@pytest.mark.contract(51)
 def test_weight_changed_in_place_is_torchs_error(device, triton_backend):
     model, (x, target) = network(device), batch(device)
     loss = F.cross_entropy(model(x), target)
@@ -301,6 +305,7 @@ def test_weight_changed_in_place_is_torchs_error(device, triton_backend):
         loss.backward()
 
 
+@pytest.mark.contract(59)
 def test_gradient_penalty_in_the_style_of_wgan_gp(device, triton_backend):
     model, (x, _) = network(device), batch(device)
     x.requires_grad_()
