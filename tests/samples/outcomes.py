@@ -60,7 +60,7 @@ def outcome(function: Callable, *args: Any, **kwargs: Any) -> Outcome:
         (w.category.__name__, str(w.message), _blamed(w))
         for w in caught
         if "deterministic" not in str(w.message)  # torch.empty is filled with NaN for the kernels' sake
-        and "encountered in" not in str(w.message)  # numpy, of which the interpreter is made
+        and "encountered" not in str(w.message)  # numpy, of which the interpreter is made
     ]
     return made
 
@@ -70,7 +70,9 @@ def _blamed(w: warnings.WarningMessage) -> str:
     return "" if "Triggered internally" in str(w.message) else os.path.basename(w.filename)
 
 
-def difference(ours: Outcome, stock: Outcome, truth: Any = None, again: Redraw | None = None) -> str | None:
+def difference(
+    ours: Outcome, stock: Outcome, truth: Any = None, again: Redraw | None = None, some: int = SOME
+) -> str | None:
     """What torch would not have done, or None.
 
     Its exception, in its words and before any launch; its warnings; its numbers exactly, or, given the truth in
@@ -93,7 +95,7 @@ def difference(ours: Outcome, stock: Outcome, truth: Any = None, again: Redraw |
         problem = unlike(own, theirs, exactly=truth is None)
         if not problem and truth is not None and isinstance(own, torch.Tensor) and own.is_floating_point():
             problem = inaccuracy(own, true, [(theirs, true)])
-            if problem and again is not None and true.numel() <= SOME:
+            if problem and again is not None and true.numel() <= some:
                 draws = [tuple(tree_leaves(each)[at] for each in again()) for _ in range(DRAWS)]
                 problem = inaccuracy(own, true, [(theirs, true), *draws])
         if problem:
