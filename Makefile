@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest contract lint bench bench-gpu docs pictures
+.PHONY: demo test test-exhaustive test-oldest contract mutants soak fuzz lint lock bench bench-gpu docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -24,10 +24,33 @@ test-oldest: $(OLDEST)/ready
 contract: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tools/contract.py -n 2 --dist loadfile $(ARGS)
 
+# Training through each engine for so long, in a process each; fails where memory or anything else of them grows.
+MINUTES := 30
+soak: $(VENV)/ready
+	$(VENV)/bin/python tools/soak.py --minutes $(MINUTES) $(ARGS)
+
+# In as many processes as there are cores; `make fuzz HOURS=8` or `SECONDS=60`, `ARGS='--only softmax,csv'` chooses.
+HOURS ?= 0
+SECONDS ?= 600
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tools/fuzz.py --hours $(HOURS) --seconds $(SECONDS) $(ARGS)
+
+# Half an hour and more; cut, it goes on where it was.
+mutants: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[mutants]"
+	$(VENV)/bin/python tools/mutants.py $(ARGS)
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tools/audit.py
+
+# After a change of a pin: hashes.txt, hashes-oldest.txt and THIRD_PARTY.md again.
+lock: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[lock]"
+	$(VENV)/bin/python tools/lock.py
+	$(VENV)/bin/python tools/licences.py
 
 # Of these a CPU's are measured in one thread; `make bench ARGS=--smoke` tries them, `ARGS='-k softmax'` chooses.
 bench: $(VENV)/ready
@@ -57,17 +80,18 @@ define make_venv
 	$(PYTHON) -m venv $(@D)
 endef
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# What is pinned comes first, each file checked against its hashes; then ourselves and torch, which hashes.txt leaves out.
+$(VENV)/ready: pyproject.toml constraints.txt hashes.txt
 	$(make_venv)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev,models,docs]"
+	$(VENV)/bin/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu,cli,dev,models,docs,audit]"
 	touch $@
 
-# Triton last and alone: a CUDA build of torch asks for the Triton that it came with.
-$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+# Triton's again at the end: a CUDA build of torch asks for the Triton that it came with.
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt hashes-oldest.txt
 	$(make_venv)
 	grep -v ^triton== constraints-oldest.txt >$(OLDEST)/others.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/others.txt setuptools
+	$(OLDEST)/bin/python -m pip install --quiet --require-hashes --no-deps --requirement hashes-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/others.txt --no-build-isolation --editable ".[cli,dev]"
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps "$$(grep ^triton== constraints-oldest.txt)"
+	$(OLDEST)/bin/python -m pip install --quiet --require-hashes --no-deps --requirement hashes-oldest.txt
 	touch $@
