@@ -113,6 +113,15 @@ def test_derivative_from_what_is_saved(name, params, dtype, device, as_accurate_
         compare(as_accurate_as_torch, z, dz, gradient(name, z, dy, params), truth)
 
 
+def test_the_gradient_of_prelus_slope(device):
+    z = points(torch.float32, device).nan_to_num(0.25, posinf=4.0, neginf=-4.0)
+    dy = torch.randn(len(z), generator=torch.Generator().manual_seed(1)).to(device)
+    ours = run(_gradient_kernel, dy, z, params=(), function=device_functions.prelu_slope_grad)
+    slopes = torch.full((len(z),), SLOPE, device=device, requires_grad=True)
+    (stock,) = torch.autograd.grad(F.prelu(z[None], slopes), slopes, dy[None])
+    assert torch.equal(ours, stock)
+
+
 @pytest.mark.parametrize("name", SELECTS)
 @pytest.mark.parametrize("dy", [math.inf, -math.inf, math.nan])
 def test_infinite_gradient_meets_the_branch_that_torch_takes(name, dy, device):
@@ -284,7 +293,12 @@ def test_step(backend, device):
 
 @pytest.mark.parametrize(
     ("name", "learns", "expected"),
-    [("relu", None, False), ("softsign", None, True), ("prelu", True, True), ("prelu", False, False)],
+    [
+        *((name, None, False) for name in ("relu", "gelu", "softplus", "hardshrink")),
+        *((name, None, True) for name in ("softsign", "tanhshrink", "step", "squared_relu")),
+        ("prelu", True, True),
+        ("prelu", False, False),
+    ],
 )
 def test_by_itself_it_takes_a_kernel_where_stock_takes_several(name, learns, expected):
     """`auto` on a GPU; a kernel asked for by name always runs."""

@@ -307,6 +307,7 @@ def test_derivatives(loss, reduction, backend, device):
         assert torch.autograd.gradgradcheck(lambda *xs: both(loss)[0](*xs, **options), (x, target))
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows, device):
     _, target = inputs(LOGITS, (4, 16), torch.float16, device)
     for reduction in REDUCTIONS:

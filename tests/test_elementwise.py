@@ -328,6 +328,7 @@ def test_a_gradient_of_other_strides_in_float64(device, as_accurate_as_torch):
     check("prelu", x, dy.to(device).transpose(1, 2), as_accurate_as_torch, slope)
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows):
     config, truth = elementwise.tile(2), far_rows.clone().relu()
     assert torch.equal(elementwise.forward(far_rows, activations.relu, (), None, config), truth)

@@ -122,6 +122,7 @@ def test_any_shape_and_strides(data, shape, dtype, device, as_accurate_as_torch)
     check(as_accurate_as_torch, *(t.to(dtype) for t in tensors))
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows):
     config, truth = elementwise.tile(2), far_rows.relu() * far_rows
     assert torch.equal(gated.forward(far_rows, far_rows, activations.relu, (), config), truth)

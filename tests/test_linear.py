@@ -214,6 +214,7 @@ def test_a_gradient_through_both_arguments_is_counted_once(device):
         torch.testing.assert_close(ours, torchs)
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows, device):
     weight = torch.randn(8, 16, dtype=torch.float16, device=device)
     dense = far_rows.clone()

@@ -393,6 +393,7 @@ def test_any_shape(N, d, reduction, bias, device, check):
     check(*inputs((N, d), torch.float32, device, bias), reduction=reduction)
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows, device):
     _, w, b, target = inputs((4, 16), torch.float16, device)
     near = pulled_back(ours, far_rows.clone(), w, b, target)

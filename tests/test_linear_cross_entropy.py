@@ -370,14 +370,16 @@ WRONG = {
 }
 
 
+@pytest.mark.contract(49)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("here", [True, False], ids=["torch has it", "torch does not"])
 @pytest.mark.parametrize("match", WRONG)
-def test_torchs_errors(match, here, monkeypatch, launches):
+def test_torchs_errors(match, here, backend, monkeypatch, launches):
     x, w, target, options = WRONG[match]()
     x, w, target = torch.randn(x), torch.randn(w), torch.randn(target)
     if not here:
         monkeypatch.delattr(stock, "linear_cross_entropy", raising=False)
-    with pytest.raises(RuntimeError, match=match):
+    with fusedact.use_backend(backend), pytest.raises(RuntimeError, match=match):
         F.linear_cross_entropy(x, w, target, **options)
     assert launches.count == 0
 

@@ -152,6 +152,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+@pytest.mark.contract(71, 80)
 def test_without_triton_the_fallback_trains(tmp_path):
     script = """
 import fusedact, torch

@@ -218,6 +218,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.contract(77, 81)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_ignored_with_one_warning_and_then_replaced(chip, name):
     file().write_bytes(DAMAGED[name])
@@ -234,6 +235,7 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_then_replaced(chip, name
         assert choose(*asked) == candidates(asked)[another(asked)]
 
 
+@pytest.mark.contract(81)
 def test_what_cannot_be_read_is_ignored_with_one_warning(chip):
     file().mkdir()
     with pytest.warns(RuntimeWarning, match="are not read") as warned:
@@ -257,6 +259,7 @@ def test_what_cannot_be_written_holds_for_this_process(chip, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
+@pytest.mark.contract(81)
 def test_a_read_only_folder(chip):
     file().parent.chmod(0o500)
     with pytest.warns(RuntimeWarning, match="for this process alone"):
@@ -264,6 +267,7 @@ def test_a_read_only_folder(chip):
     assert choose(*problem(chip)) is None
 
 
+@pytest.mark.contract(81)
 def test_a_disk_that_is_full_leaves_the_old_file(chip, monkeypatch):
     asked = problem(chip)
     write(chip, {asked: Record(LIBRARY, {})})
@@ -323,6 +327,7 @@ def write_many(first: int, chip: Chip) -> None:
         write(chip, {asked: Record("library", {"library": float(power)})})
 
 
+@pytest.mark.contract(82)
 def test_two_processes_lose_nothing_and_the_file_is_always_whole(chip):
     """The other process's records too are chosen by from the next restart on."""
     fork = multiprocessing.get_context("fork")

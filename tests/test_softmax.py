@@ -310,6 +310,7 @@ def test_compiled_whole(device):
         torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
 
 
+@pytest.mark.contract(61)
 def test_offsets_beyond_two_to_the_31(far_rows):
     near = far_rows.clone()
     for dim in (0, 1):
