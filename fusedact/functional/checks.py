@@ -31,10 +31,12 @@ def _readable(t: Tensor) -> bool:
 
 def refuse_meta(input: Tensor, *others: Tensor | None) -> None:
     """RuntimeError where torch would take a meta weight for an input with values, and answer with unwritten memory."""
-    if any(isinstance(t, Tensor) and t.is_meta for t in others) and isinstance(input, Tensor) and not input.is_meta:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {input.device} and meta"
-        )
+    for t in others:
+        if isinstance(t, Tensor) and t.is_meta and isinstance(input, Tensor) and not input.is_meta:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{input.device} and meta"
+            )
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

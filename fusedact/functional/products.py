@@ -47,6 +47,7 @@ def linear(
 
 
 Layer = tuple[Tensor, Tensor | None, str | nn.Module | None]  # weight, bias, activation
+Resolved = tuple[Activation, tuple[float, ...], Tensor | None]  # with its parameters and slope
 
 
 def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -58,16 +59,22 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     Raises what `linear` raises.
     """
-    run = _stock_layer if on_triton(input) and not _all_fit(input, layers) else _layer
     first = 0  # of those that a gradient goes through: nothing of a frozen one before it need be kept
-    if run is _layer and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         while first < len(layers) and not any(_wants_gradient(part) for part in (input, *layers[first])):
-            input = _layer(input, layers[first])
             first += 1
-        chained = _chained(input, layers[first:]) if first + 1 < len(layers) else None
+        chained = _chained(input, layers) if not first and len(layers) > 1 else None
         if chained is not None:
             return autograd.linear_chain(*chained)
-    return functools.reduce(run, layers[first:], input)
+    found = _fitting(input, layers)
+    if found is None:
+        return functools.reduce(_stock_layer, layers, input)
+    for at, (layer, known) in enumerate(zip(layers, found, strict=False)):
+        chained = _chained(input, layers[at:]) if 0 < at == first < len(layers) - 1 else None
+        if chained is not None:
+            return autograd.linear_chain(*chained)
+        input = _fitting_layer(input, layer, known)
+    return functools.reduce(_layer, layers[len(found) :], input)
 
 
 def _layer(input: Tensor, layer: Layer) -> Tensor:
@@ -83,27 +90,39 @@ def _stock_layer(input: Tensor, layer: Layer) -> Tensor:
     return _stock_act(input, weight, bias, *found)
 
 
-def _all_fit(x: Tensor, layers: Sequence[Layer]) -> bool:
-    """No layer after the first is one that the kernels do not take, as far as that shows before the first launch.
+def _fitting_layer(input: Tensor, layer: Layer, found: Resolved | None) -> Tensor:
+    weight, bias, _ = layer
+    if found is None:
+        return F.linear(input, weight, bias)
+    act, values, slope = found
+    if autograd.prefers_stock(input, weight):
+        return _stock_act(input, weight, bias, act, values, slope)
+    return autograd.linear_act(input, weight, bias, slope, act.name, values)
 
-    Else all of them are torch's, which then raises its own error with nothing launched. Under autocast, which casts
-    layer by layer, each is asked when it comes.
+
+def _fitting(x: Tensor, layers: Sequence[Layer]) -> list[Resolved | None] | None:
+    """The activations, up to a layer of which that cannot be known; None where one is not for the kernels.
+
+    Then all are torch's, which raises its own error with nothing launched. Nothing is known where no kernel runs, and
+    under autocast, which casts layer by layer.
     """
-    if len(layers) < 2 or backend.autocast_dtype(x) is not None:
-        return True
+    found: list[Resolved | None] = []
+    if len(layers) < 2 or not on_triton(x) or backend.autocast_dtype(x) is not None:
+        return found
     features = _features(x)
     for weight, bias, activation in layers:
-        found = None if activation is None else resolved("linear", activation, None, {})
-        ours = None if isinstance(found, nn.Module) else found
+        act = None if activation is None else resolved("linear", activation, None, {})
+        ours = None if isinstance(act, nn.Module) else act
         slope = ours[2] if ours else None
         if weight is None or not on_triton(x, weight, bias, slope) or (ours and not _fuses(ours, None)):
-            return False
+            return None
         if not _linear_fits(x, features, weight, bias, slope):
-            return False
-        if isinstance(found, nn.Module):  # what it gives cannot be known
-            return True
+            return None
+        if isinstance(act, nn.Module):
+            return found
+        found.append(ours)
         features = len(weight)
-    return True
+    return found
 
 
 def _wants_gradient(part: Tensor | nn.Module | str | None) -> bool:
@@ -135,7 +154,7 @@ def _chained(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple, list[Te
     return x, tuple(None if f is None else (f[0].name, f[1]) for f in found), tensors
 
 
-def _fuses(found: tuple[Activation, tuple[float, ...], Tensor | None], low: torch.dtype | None) -> bool:
+def _fuses(found: Resolved, low: torch.dtype | None) -> bool:
     act, values, _ = found
     return (low is None or act.low_precision) and (not values or act.valid(*values))
 
