@@ -369,6 +369,6 @@ def test_in_a_sequential_ours_is_fused(device, triton_backend, launches):
 
 def test_symbolic_tracing_records_torchs_function():
     """torch.fx, whose stand-in is no tensor: nothing asks it where it is."""
-    for module in (nn.ReLU(), nn.Softsign(), nn.PReLU()):
+    for module in (nn.ReLU(), nn.Softsign(), nn.PReLU(), nn.Linear(3, 2)):
         x = torch.randn(4, 3)
         torch.testing.assert_close(torch.fx.symbolic_trace(torch.nn.Sequential(module))(x), module(x))

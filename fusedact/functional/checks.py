@@ -29,13 +29,13 @@ def _readable(t: Tensor) -> bool:
     return t.layout is STRIDED and not t.is_nested
 
 
-def refuse_meta(input: Tensor, *others: Tensor | None) -> None:
-    """RuntimeError where torch would take a meta weight for an input with values, and answer with unwritten memory."""
-    for t in others:
+def refuse_meta(input: Tensor, *parameters: Tensor | None) -> None:
+    """RuntimeError where torch would take meta ones for an input with values, and answer with unwritten memory."""
+    for t in parameters:
         if isinstance(t, Tensor) and t.is_meta and isinstance(input, Tensor) and not input.is_meta:
+            devices = f"{input.device} and meta"
             raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{input.device} and meta"
+                f"Expected all tensors to be on the same device, but found at least two devices, {devices}"
             )
 
 

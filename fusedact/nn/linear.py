@@ -41,7 +41,7 @@ class Linear(torch.nn.Linear):
         activation = self.activation
         if activation is None:
             weight = self.weight
-            if weight.is_meta:
+            if weight.is_meta is True:  # torch.fx's stand-in gives another one
                 refuse_meta(input, weight)
             return F.linear(input, weight, self.bias)  # stock's forward, without the call of it
         if isinstance(activation, torch.nn.Module) and not is_plain(activation):
