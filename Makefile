@@ -37,7 +37,7 @@ fuzz: $(VENV)/ready
 
 # Half an hour and more; cut, it goes on where it was.
 mutants: $(VENV)/ready
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[mutants]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[mutants]"
 	$(VENV)/bin/python tools/mutants.py $(ARGS)
 
 lint: $(VENV)/ready
@@ -48,7 +48,7 @@ lint: $(VENV)/ready
 
 # After a change of a pin: hashes.txt, hashes-oldest.txt and THIRD_PARTY.md again.
 lock: $(VENV)/ready
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[lock]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[lock]"
 	$(VENV)/bin/python tools/lock.py
 	$(VENV)/bin/python tools/licences.py
 

@@ -23,6 +23,7 @@ FLOAT32 = ("auto", "ieee")
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types whose memory a kernel may read
 _HERE = nullcontext()
+_STRIDED, _is_batched = torch.strided, torch._C._functorch.is_legacy_batchedtensor  # bound: asked for every gradient
 _chosen: str | None = None
 _float32: str | None = None
 _broken: str | None = None  # why no kernel can be launched, since one has shown it
@@ -89,9 +90,9 @@ def launch_error() -> type[Exception]:
 
 
 def give_up(error: Any) -> None:
-    """Under 'auto' a warning, once for each cause, that torch's operations answer instead; else the error itself."""
+    """A warning, once for each cause, that torch's operations answer instead; under 'triton' the error itself."""
     global _broken
-    if get_backend() != "auto":
+    if get_backend() == "triton":
         raise error
     if error.everywhere:
         _broken = error.cause
@@ -170,10 +171,13 @@ def _checks() -> bool:
     return value == "1"
 
 
+@_constant  # else an error in a compiled graph
 def _warn_once(cause: str, text: str) -> None:
+    from fusedact.kernels.faults import stacklevel
+
     if cause not in _warned:
         _warned.add(cause)
-        warnings.warn(f"fusedact runs stock PyTorch operations: {text}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"fusedact runs stock PyTorch operations: {text}", RuntimeWarning, stacklevel=stacklevel())
 
 
 @functools.cache
@@ -292,9 +296,7 @@ def unreadable(t: Tensor | None) -> bool:
     """A gradient that no kernel reads: many in one, of `is_grads_batched=True`; a sparse one; torch's zeros without
     memory.
     """
-    return t is not None and (
-        torch._C._functorch.is_legacy_batchedtensor(t) or t.layout is not torch.strided or t._is_zerotensor()
-    )
+    return t is not None and (t.layout is not _STRIDED or _is_batched(t) or t._is_zerotensor())
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

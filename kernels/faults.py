@@ -4,18 +4,31 @@ What Triton's cache does to a launch ends there: a damaged kernel is compiled an
 cannot be read or written this process keeps its kernels in one of its own.
 """
 
+import atexit
+import errno
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import currentframe
 from json import JSONDecodeError
-from tempfile import TemporaryDirectory
+from multiprocessing import current_process
+from tempfile import mkdtemp
+from threading import Lock
+from traceback import walk_tb
 from typing import Any
 
 import torch
 
-_WARNED: set[str] = set()
-_FOLDER: list[TemporaryDirectory] = []  # this process's own cache, once it has one
+_COMPILING = "triton.compiler", "triton.runtime.build", "triton.runtime.driver"  # which also load, and start the driver
+_REFUSED = "kernel image", "kernel file", "device function", "symbol not found", "PTX"  # what a driver says of code
+_OLD_DRIVER = "unsupported toolchain"
 _NO_COMPILER = "C compiler", "non-zero exit status"  # what Triton's build says without one, and with one that fails
+_PASSING = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
+_SHORTAGES = errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE  # of memory, processes, open files
+_WARNED: set[str] = set()
+_FOLDER: list[str] = []  # this process's own cache, once it has one
+_REMEDY = Lock()  # a remedy turns knobs that are the whole process's
 
 
 class LaunchError(RuntimeError):
@@ -23,41 +36,57 @@ class LaunchError(RuntimeError):
 
     def __init__(self, what: str, error: Exception) -> None:
         self.cause = _one_line(error)
-        known = any(said in self.cause for said in _NO_COMPILER)
-        self.everywhere = known or isinstance(error, OSError | ImportError)
+        self.everywhere = isinstance(error, OSError | ImportError) or _says(error, *_NO_COMPILER, _OLD_DRIVER)
         super().__init__(f"{what} cannot be compiled or loaded: {self.cause}")
 
 
 def run_again(run: Callable[[], Any], fault: Exception, kernel: Any = None) -> Any:
-    """run(), which has ended in that fault, where the cache may be the reason. LaunchError where it is not.
-
-    What says that memory is short passes, and what goes wrong inside a capture, which it ends.
-    """
-    if isinstance(fault, torch.OutOfMemoryError | MemoryError) or _is_capturing():
-        raise fault
-    if "out of memory" in str(fault):
-        raise torch.OutOfMemoryError(str(fault)) from fault
-    error = fault
-    for remedy, cures in ((_anew, _is_damage), (_elsewhere, _is_of_the_folder)):
-        if not cures(error):
-            continue
-        getattr(kernel, "device_caches", {}).clear()  # a kernel whose code was refused is kept there
-        try:
-            with remedy() as done:
-                found = run()
-        except Exception as another:
-            error = another
-        else:
-            _warn(remedy.__name__, f"{done} ({_one_line(fault)})")
-            return found
+    """run(), which has ended in that fault, where the cache may be the reason. LaunchError where it is not."""
+    error = _of_compiling(fault)
+    with _REMEDY:
+        for remedy, cures in ((_anew, _is_damage), (_elsewhere, _is_of_the_folder)):
+            if not cures(error):
+                continue
+            getattr(kernel, "device_caches", {}).clear()  # a kernel whose code was refused is kept there
+            try:
+                with remedy() as done:
+                    found = run()
+            except Exception as another:
+                error = _of_compiling(another)
+            else:
+                _warn(remedy.__name__, f"{done} ({_one_line(fault)})")
+                return found
     raise LaunchError(_name(kernel), error) from fault
+
+
+def _of_compiling(error: Exception) -> Exception:
+    """The error, where it comes out of compiling or loading. Else it is raised: what comes out of launching; what may
+    pass, as a shortage; an earlier kernel's fault, which a driver tells late; and whatever ends a capture.
+    """
+    of_the_driver = _says(error, "Triton Error")
+    if of_the_driver and _says(error, "out of memory"):
+        raise torch.OutOfMemoryError(str(error)) from error
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    if (
+        isinstance(error, _PASSING)
+        or getattr(error, "errno", None) in _SHORTAGES
+        or (of_the_driver and not _says(error, *_REFUSED))
+        or not any(module.startswith(_COMPILING) for module in modules)
+        or _is_capturing()
+    ):
+        raise error
+    return error
+
+
+def _says(error: Exception, *texts: str) -> bool:
+    return any(text in str(error) for text in texts)
 
 
 def _is_damage(error: Exception) -> bool:
     """Of a file that Triton has read: of its text, or of the code that the driver was given."""
     if isinstance(error, JSONDecodeError | UnicodeDecodeError | KeyError):
         return True
-    return "Triton Error" in str(error)
+    return _says(error, "Triton Error") and not _says(error, _OLD_DRIVER)
 
 
 def _is_of_the_folder(error: Exception) -> bool:
@@ -80,8 +109,9 @@ def _elsewhere() -> Iterator[str]:
 
     before = knobs.cache.dir
     if not _FOLDER:
-        _FOLDER.append(TemporaryDirectory(prefix="fusedact-triton-"))
-    knobs.cache.dir = _FOLDER[0].name  # Triton tells it to the processes that this one starts, too
+        _FOLDER.append(mkdtemp(prefix="fusedact-triton-"))
+        atexit.register(_remove, _FOLDER[0], current_process().pid)
+    knobs.cache.dir = _FOLDER[0]  # Triton tells it to the processes that this one starts, too
     try:
         yield f"Triton's cache {before} cannot be used: this process keeps its kernels in a temporary folder"
     except BaseException:
@@ -89,10 +119,23 @@ def _elsewhere() -> Iterator[str]:
         raise
 
 
+def _remove(folder: str, owner: int) -> None:
+    if current_process().pid == owner:  # not a forked child
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _warn(key: str, text: str) -> None:
     if key not in _WARNED:
         _WARNED.add(key)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel())
+
+
+def stacklevel() -> int:
+    """For a warning of the function that asks: the first line outside of fusedact and torch."""
+    level, frame = 1, currentframe().f_back
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedact", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_capturing() -> bool:

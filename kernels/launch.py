@@ -109,13 +109,17 @@ def by_triton(kernel, grid, *args, **constants):
 
     LaunchError where the kernel cannot be compiled or loaded.
     """
-    try:
+
+    def run():
         if type(kernel) is JITFunction:
             return kernel[grid](*args, **constants)
         with INTERPRETER:
             return kernel[grid](*args, **constants)
+
+    try:
+        return run()
     except Exception as fault:
-        return run_again(lambda: kernel[grid](*args, **constants), fault, kernel)
+        return run_again(run, fault, kernel)
 
 
 def _signature(kernel, args, constants):

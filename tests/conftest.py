@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from samples import offline
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which reads it
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS is not deterministic
 
 import fusedact
+from fusedact import backend
 from fusedact import functional as F
+from fusedact.autograd.given_up import GIVEN_UP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.addaudithook(offline.refuse)
@@ -37,6 +42,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """The same numbers in every run, whoever draws them."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_given_up():
+    """No kernel fails to compile unseen behind torch's answer. Tests of that clear up by themselves: `auto`."""
+    yield
+    found = [*GIVEN_UP, *filter(None, [backend._broken])]
+    GIVEN_UP.clear()
+    backend._broken = None
+    assert not found
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def patched_once(monkeypatch):
+    """The interpreter rewrites triton.language once for all launches of a test: half of its time or more."""
+    from triton.runtime import interpreter
+
+    kept = {}
+
+    def patch(fn, own=interpreter._patch_lang):
+        if fn not in kept:
+            kept[fn] = own(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch)
+    yield
+    for scope in reversed(kept.values()):
+        scope.restore()
 
 
 @pytest.fixture(scope="session")
@@ -260,3 +293,56 @@ def launches(monkeypatch) -> Launches:
 
     monkeypatch.setattr(launcher, method, counted)
     return counter
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """`auto` on a machine where Triton runs, and where nothing has failed yet."""
+    monkeypatch.setattr(backend, "_broken", None)
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    asks, on_gpu = backend.uses_triton, SimpleNamespace(is_cuda=True, is_meta=False, device=torch.device("cuda"))
+    monkeypatch.setattr(backend, "uses_triton", lambda x: asks(on_gpu))
+    with fusedact.use_backend("auto"):
+        yield
+    GIVEN_UP.clear()
+
+
+def _raise(error):
+    raise error
+
+
+class Refused:
+    """Which launches are refused, by the kernel's name, and how often that was."""
+
+    def __init__(self) -> None:
+        self.kernels, self.count = "none", 0
+        self.error: Exception = RuntimeError("no luck\nwith this kernel")
+        self.refuse = self.compiling = FunctionType(_raise.__code__, {"__name__": "triton.compiler.here"})
+        self.launching = _raise
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Launches that raise an error, by default as it comes out of Triton's compiler."""
+    if DEVICE == "cuda":
+        from triton.runtime.jit import JITFunction as launcher
+
+        from fusedact.kernels import launch
+
+        method = "run"
+        monkeypatch.setattr(launch, "_watched", lambda kernel: True)
+    else:
+        from triton.runtime.interpreter import GridExecutor as launcher
+
+        method = "__call__"
+    found, original = Refused(), getattr(launcher, method)
+
+    def run(self, *args, **kwargs):
+        if found.kernels in ("all", self.fn.__name__):
+            found.count += 1
+            found.refuse(found.error)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(launcher, method, run)
+    return found

@@ -5,12 +5,14 @@ one kernel into that cache, as one of several processes that do so at once.
 """
 
 import json
+import os
 import resource
 import runpy
 import shutil
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -114,6 +116,36 @@ def a_file(folder: Path) -> list[dict]:
     return [outcome(relu, relu)]
 
 
+@contextmanager
+def unwritable(place: Path):
+    """No folder can be made there, nor by root, whom no mode keeps out."""
+    made = os.makedirs
+
+    def makedirs(path, *args, **options):
+        if Path(path).is_relative_to(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        made(path, *args, **options)
+
+    with mock.patch("os.makedirs", makedirs):
+        yield
+
+
+def a_read_only_cache(folder: Path) -> list[dict]:
+    begin(folder)
+    with unwritable(folder):
+        return [outcome(relu, relu)]
+
+
+def no_home(folder: Path) -> list[dict]:
+    """Where Triton keeps its cache unless it is told a place."""
+    begin(folder)
+    del knobs.cache.dir
+    with mock.patch.dict("os.environ"), unwritable(folder / "home"):
+        del os.environ["TRITON_CACHE_DIR"]
+        with mock.patch.object(knobs.cache, "home_dir", str(folder / "home")):
+            return [outcome(relu, relu)]
+
+
 def a_full_disk(folder: Path) -> list[dict]:
     """So full that not even a temporary folder takes a kernel."""
     begin(folder)
@@ -166,6 +198,8 @@ CASES = {
     "truncated binary": a_damaged("*.cubin", truncated),
     "truncated text": a_damaged("*.ptx", lambda path: path.write_bytes(b"\xff\xfe\xff")),
     "a file in its place": a_file,
+    "read-only": a_read_only_cache,
+    "no home": no_home,
     "a full disk": a_full_disk,
     "an old driver": an_old_driver,
     "no compiler": no_compiler,
@@ -201,6 +235,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     backend._triton_problem = lambda device: None
-    backend.uses_triton = lambda x: backend._broken is None
+    asks, on_gpu = backend.uses_triton, SimpleNamespace(is_cuda=True, is_meta=False, device=torch.device("cuda"))
+    backend.uses_triton = lambda x: asks(on_gpu)
     with torch.no_grad():
         main()

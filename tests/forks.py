@@ -161,8 +161,9 @@ def main(methods):
     sys.setswitchinterval(before)
     amid_use_backend()
     with fusedact.use_backend("triton"):
-        amid_launches()
         loaders()
+        if methods:
+            amid_launches()
         for method in methods:
             queues(method)
     print("whole")

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import KernelInterface
 
 from fusedact.activations import ACTIVATIONS, TABLE, difference
@@ -43,6 +44,26 @@ def test_defaults_are_torchs(name):
     stock = activation.module()
     assert activation.defaults == tuple((parameter, getattr(stock, parameter)) for parameter, _ in activation.defaults)
     assert torch.equal(activation.reference(x), activation.reference(x, *activation.default_values))
+
+
+@pytest.fixture
+def autocast_on_gpu():
+    """torch's own autocast of tensors on a GPU, whether there is one or not: these have no values."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with FakeTensorMode():
+        yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("name", [a.name for a in TABLE])
+def test_stocks_precision_under_a_gpus_autocast(name, autocast_on_gpu):
+    activation = ACTIVATIONS[name]
+    x, slope = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in ((2, 3), (3,)))
+    y = activation.reference(x, *([slope] if activation.learned else activation.default_values))
+    assert y.dtype == (torch.bfloat16 if activation.low_precision else torch.float32)
 
 
 @pytest.mark.parametrize(("name", "numbers", "dtype"), FROM_OUTPUT, ids=str)

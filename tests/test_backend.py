@@ -89,9 +89,20 @@ def test_the_choice_of_the_environment_is_asked_for_at_the_first_tensor(monkeypa
         assert backend.uses_triton(torch.ones(1)) is (name == "triton")
 
 
+def test_where_no_kernel_can_be_launched_only_its_name_has_one_tried(monkeypatch):
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    monkeypatch.setattr(backend, "_broken", "no compiler")
+    found = {}
+    for name in backend.BACKENDS:
+        with fusedact.use_backend(name):
+            found[name] = backend.uses_triton(OnGpu())
+    assert found == {"auto": False, "triton": True, "torch": False}
+
+
 def test_where_triton_cannot_run_on_a_gpu_torch_answers_with_one_warning(monkeypatch):
     problem = "the moon is full"
     monkeypatch.setattr(backend, "triton_problem", lambda device: problem)
+    monkeypatch.setattr(backend, "_warned", set())
     with fusedact.use_backend("auto"):
         with pytest.warns(RuntimeWarning, match=f"fusedact runs stock PyTorch operations: {problem}"):
             assert not backend.uses_triton(OnGpu())
@@ -290,6 +301,17 @@ def test_dispatch_modes_count_unless_they_are_overlooked():
             raise KeyError
         counts.append(backend.dispatching())
     assert counts == [0, 1, 0, 1]
+
+
+def test_autograd_records_in_the_body_of_an_op_for_as_long_as_it_is_asked_to():
+    x = torch.ones(2, requires_grad=True)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        recorded = [(2 * x).requires_grad]
+        with pytest.raises(KeyError), backend.recording():
+            recorded.append((2 * x).requires_grad)
+            raise KeyError
+        recorded.append((2 * x).requires_grad)
+    assert recorded == [False, True, False]
 
 
 def test_transforms_are_seen():

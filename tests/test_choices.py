@@ -9,7 +9,7 @@ import torch
 import fusedact
 from fusedact import autograd, backend, functional
 from fusedact.activations import ACTIVATIONS
-from fusedact.functional import activations, binary_losses, checks, softmaxes
+from fusedact.functional import activations, binary_losses, checks, losses, softmaxes
 
 gated = importlib.import_module("fusedact.functional.gated")  # the name is the function's
 LOW = torch.bfloat16
@@ -51,8 +51,8 @@ def autocast_on_gpu(monkeypatch):
     [("auto", False, 1), ("auto", True, 0), ("triton", False, 1), ("triton", True, 1), ("torch", False, 0)],
 )
 @pytest.mark.parametrize("op", ["gated", "softsign"])
-def test_what_compiling_fuses_is_left_to_it(op, name, compiling, expected, everywhere, launches, monkeypatch):
-    x = torch.randn(3, 4)
+def test_what_compiling_fuses_is_left_to_it(op, name, compiling, expected, device, everywhere, launches, monkeypatch):
+    x = torch.randn(3, 4, device=device)
     calls = {"gated": lambda: functional.gated(x, x), "softsign": lambda: functional.activate(x, "softsign")}
     with fusedact.use_backend(name), monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
@@ -115,6 +115,44 @@ def test_probabilities_under_a_gpus_autocast_are_torchs_to_ban(autocast_on_gpu, 
 )
 def test_autocast_casts_all_floating_tensors_but_float64(t, expected):
     assert checks.cast(t, LOW).dtype == expected
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((3,), 0), ((2, 3), 1), ((2, 3, 5, 4), 1)], ids=str)
+def test_where_the_classes_are(shape, expected):
+    assert checks.class_dim(torch.ones(shape)) == expected
+
+
+@pytest.mark.parametrize(
+    ("ignored", "expected"),
+    [(2**63 - 1, True), (-(2**63), True), (0, True), (2**63, False), (-(2**63) - 1, False), (1.0, False)],
+    ids=str,
+)
+def test_any_int64_may_be_the_ignored_class(ignored, expected):
+    assert losses._class_loss_fits(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), None, ignored) is expected
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(2**31 - 2**16, True), (2**31 - 2**16 + 1, False)])
+def test_a_step_beyond_the_last_class_is_counted_in_32_bits_too(classes, expected):
+    assert softmaxes._fits(torch.ones(1).expand(classes), 0, torch.float32) is expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_input", "of_target", "compiling", "expected"),
+    [
+        (torch.float32, True, False, False, True),
+        (torch.bfloat16, True, False, False, True),
+        (torch.float16, True, False, False, False),
+        (torch.float32, False, False, False, False),
+        (torch.float32, True, True, False, False),
+        (torch.float32, True, False, True, False),
+    ],
+    ids=["float32", "bfloat16", "float16", "unwanted", "the target's too", "compiling"],
+)
+def test_when_a_loss_makes_its_gradient_at_once(dtype, of_input, of_target, compiling, expected, monkeypatch):
+    x, target = (torch.ones(2, 3, dtype=dtype).requires_grad_(wanted) for wanted in (of_input, of_target))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        assert losses._knows_its_gradient(x, target) is expected
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,11 @@ def test_a_whole_module_travels(kind, either_backend, device):
 @pytest.mark.contract(56)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.parametrize(
-    "methods", [["fork"], pytest.param(["fork", "spawn"], marks=pytest.mark.exhaustive)], ids=" ".join
+    "methods",
+    [pytest.param([], id="in short"), pytest.param(["fork", "spawn"], id="whole", marks=pytest.mark.exhaustive)],
 )
 def test_first_calls_at_once_and_forks(methods):
-    """In a process of its own, tests/forks.py."""
+    """In a process of its own, tests/forks.py; with queues, and forks amid launches, where there are methods."""
     command = [sys.executable, FORKS, *methods]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "whole\n", done.stderr[-3000:]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import runpy
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -446,6 +447,7 @@ def mirrors(server, monkeypatch):
     """Call with the kinds of mirror to be asked, in order; they serve three images a file."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in digits().items()}
     monkeypatch.setattr(data, "SHA256", digests)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def choose(*kinds):
         urls = tuple(DOWN if kind == "down" else f"{server}/{kind}" for kind in kinds)
@@ -534,6 +536,19 @@ data.write_whole(sys.argv[1], b"new")
 """
     assert run(code, path) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.contract(84)
+def test_a_file_is_flushed_and_then_the_folder_that_names_it(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "file", []
+
+    def fsync(opened):
+        found = os.fstat(opened)
+        flushed.append((stat.S_ISREG(found.st_mode), os.path.samestat(found, tmp_path.stat()), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    data.write_whole(path, b"new")
+    assert flushed == [(True, False, False), (False, True, True)]
 
 
 def test_reader_keeps_the_file_it_opened(tmp_path):

@@ -215,6 +215,16 @@ def test_integers_that_stock_refuses(name, backend, device, launches):
     assert launches.count == 0
 
 
+@each_backend
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (2,), (0,)], ids=str)
+def test_slopes_that_stock_refuses(shape, backend, device, launches):
+    x, w, slope = (torch.ones(size, device=device) for size in ((3, 5), (4, 5), shape))
+    torchs = raised(lambda: stock.prelu(stock.linear(x, w), slope))
+    with fusedact.use_backend(backend):
+        ours = raised(lambda: F.linear(x, w, activation="prelu", slope=slope))
+    assert (type(ours), str(ours)) == (type(torchs), str(torchs)) and launches.count == 0
+
+
 @pytest.mark.contract(10)
 @each_backend
 def test_integers_that_stock_takes(backend, device):
@@ -272,9 +282,12 @@ def test_a_weight_without_values_is_refused(call, backend, device, launches):
 @pytest.mark.parametrize("other", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
 def test_two_devices(other, backend, launches):
-    """Stock words it by the device: on a GPU as the row has it, with the meta device as 'is not on the expected'."""
+    """Stock words it by the devices: the row has both."""
     x, w, b = torch.ones(4, 3), torch.ones(2, 3), torch.ones(2)
-    text = "Expected all tensors to be on the same device, but (got .* is on cpu|found at least two devices)"
+    text = {
+        "cuda": "Expected all tensors to be on the same device, but (got .* is on cpu|found at least two devices)",
+        "meta": "Tensor on device (meta|cpu) is not on the expected device (cpu|meta)",
+    }[other]
     with fusedact.use_backend(backend):
         for ours, torchs, tensors in (
             (activated, stock.linear, (x.to(other), w, b)),
@@ -285,9 +298,7 @@ def test_two_devices(other, backend, launches):
         ):
             expected, error = raised(torchs, *tensors), raised(ours, *tensors)
             assert (type(error), str(error)) == (type(expected), str(expected))
-            assert isinstance(error, RuntimeError)
-            if other == "cuda":
-                assert re.search(text, str(error))
+            assert isinstance(error, RuntimeError) and re.search(text, str(error))
     assert launches.count == 0
 
 

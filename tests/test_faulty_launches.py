@@ -16,6 +16,7 @@ def faulty(tmp_path_factory):
 
 
 SCRIPT = Path(__file__).with_name("faulty_launches.py")
+MOST = 300  # seconds that a process may take
 
 
 def without_interpreter(cache):
@@ -25,7 +26,12 @@ def without_interpreter(cache):
 
 def in_a_process(cache):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=without_interpreter(cache), check=False
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        env=without_interpreter(cache),
+        check=False,
+        timeout=MOST,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -59,11 +65,19 @@ def test_a_damaged_group_of_files_is_compiled_anew(faulty):
     assert [outcome["launched"] for outcome in faulty["json of a group"]] == [1, 1]
 
 
+UNUSABLE = {
+    "a file in its place": ("file", "NotADirectoryError: .Errno 20."),
+    "read-only": (r"\w+", "PermissionError: .Errno 13."),
+    "no home": (r"home/\.triton/cache", "PermissionError: .Errno 13."),
+}
+
+
 @pytest.mark.contract(74, 81)
-def test_a_cache_that_cannot_be_used_is_left_for_a_temporary_folder(faulty):
-    (found,) = faulty["a file in its place"]
+@pytest.mark.parametrize(("name", "place", "cause"), [(name, *told) for name, told in UNUSABLE.items()], ids=UNUSABLE)
+def test_a_cache_that_cannot_be_used_is_left_for_a_temporary_folder(name, place, cause, faulty):
+    (found,) = faulty[name]
     (told,) = found["told"]
-    assert re.match(r"Triton's cache .*/file cannot be used: .* temporary folder .NotADirectoryError: .Errno 20.", told)
+    assert re.match(f"Triton's cache .*/{place} cannot be used: .* temporary folder .{cause}", told)
     assert found["launched"] == 2 and not any(found["by torch"]) and not Path(found["cache"]).exists()
 
 
@@ -102,7 +116,7 @@ def test_four_processes_fill_one_cold_cache(tmp_path):
     def fill(cache, processes):
         command = [sys.executable, str(SCRIPT), "--compile", str(cache)]
         started = [subprocess.Popen(command, env=without_interpreter(cache)) for _ in range(processes)]
-        assert [process.wait() for process in started] == [0] * processes
+        assert [process.wait(MOST) for process in started] == [0] * processes
         return sorted(path.name for path in cache.rglob("*") if path.is_file())
 
     assert fill(tmp_path / "four", 4) == fill(tmp_path / "one", 1)

@@ -50,17 +50,17 @@ def look(name, examples):
 
 @pytest.mark.parametrize("name", fuzzing.OF_OPS)
 def test_a_few_calls(name):
-    look(name, 5)
+    look(name, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", fuzzing.OF_OPS)
 def test_more_calls(name):
-    look(name, 20)
+    look(name, 11)
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", [2, pytest.param(7, marks=pytest.mark.exhaustive)])
 def test_training_steps_of_networks(examples):
     look("networks", examples)
 
@@ -68,7 +68,7 @@ def test_training_steps_of_networks(examples):
 @pytest.mark.contract(85, 86, 87)
 @pytest.mark.parametrize("name", fuzzing.OF_FILES)
 def test_damaged_files(name):
-    look(name, 60)
+    look(name, 40)
 
 
 @pytest.mark.parametrize("name", fuzzing.REGRESSIONS)
@@ -115,12 +115,24 @@ def test_a_reader_that_is_wrong_is_told(read, monkeypatch):
     assert File("csv", b"").problem()
 
 
-@pytest.mark.parametrize("limit", ["MOST_SECONDS", "MOST_BYTES"])
-def test_a_reader_that_takes_too_much_is_told(limit, monkeypatch):
-    example = File("csv", b"x")
-    assert not example.problem()
-    monkeypatch.setattr(fuzzed_files, limit, -1)
-    assert example.problem()
+@pytest.mark.parametrize(("limits", "size", "problem"), [
+    ({"MOST_BYTES": 32 << 20}, 8 << 20, None),
+    ({"MOST_BYTES": 32 << 20}, 64 << 20, "MiB more than before"),
+    ({"MOST_SECONDS": 0.0}, 64 << 20, " s"),
+], ids=["little", "memory", "time"])  # fmt: skip
+def test_a_reader_that_takes_too_much_is_told(limits, size, problem, monkeypatch):
+    """Also in a process that once took more."""
+
+    def read(path):
+        bytearray(size)
+        raise ValueError(path)
+
+    bytearray(128 << 20)
+    for name, limit in limits.items():
+        monkeypatch.setattr(fuzzed_files, name, limit)
+    monkeypatch.setitem(fuzzing.PARSERS, "csv", Parser(read, bool, list))
+    found = File("csv", b"").problem()
+    assert found is None if problem is None else found.endswith(problem)
 
 
 def test_a_network_that_is_wrong_is_told(monkeypatch):
@@ -149,11 +161,29 @@ def test_a_failure_is_told_as_a_line_to_paste(monkeypatch, tmp_path):
     assert count and found.problem()
 
 
-def test_counts_and_failures_are_told(capsys, monkeypatch, tmp_path):
+LINES = [("csv", 3, "a line"), ("csv", 2, "a line")]
+ENDS = (0, None, None)
+
+
+@pytest.mark.parametrize(("alive", "told", "until", "failures"), [
+    (True, [*LINES, ENDS], math.inf, ["a line"]),
+    (False, [*LINES, ENDS], math.inf, ["a line"]),
+    (False, LINES, math.inf, ["a line", "# worker 0 ended with -9"]),
+    (True, [], -math.inf, ["# worker 0 did not end"]),
+], ids=["well", "told before it ended", "killed", "hangs"])  # fmt: skip
+def test_counts_and_failures_are_told(alive, told, until, failures, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(fuzz, "OUT", tmp_path)
-    told = queue.Queue()
-    for each in (("csv", 3, "a line"), ("csv", 2, "a line"), (0, None, None)):
-        told.put(each)
-    worker = SimpleNamespace(is_alive=lambda: True)
-    assert fuzz.watched([worker], told, ["csv"], 0.0) == ["a line"]
-    assert "5" in capsys.readouterr().out
+    asked = queue.Queue()
+    for each in told:
+        asked.put(each)
+    worker = SimpleNamespace(is_alive=lambda: alive, exitcode=-9)
+    assert fuzz.watched([worker], asked, ["csv"], until) == failures
+    assert not told or "5" in capsys.readouterr().out
+
+
+def test_a_target_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(fuzz, "prepared", lambda: fuzzing)
+    monkeypatch.setattr("sys.argv", ["fuzz.py", "--only", "csv,sofmax"])
+    with pytest.raises(SystemExit, match="2"):
+        fuzz.main()
+    assert "no target sofmax" in capsys.readouterr().err

@@ -105,16 +105,17 @@ def test_a_hook_that_raises_under_the_profiler_leaves_no_range_open(triton_backe
     assert names["fusedact::linear_act_backward"].time_range.end <= names["aten::neg"].time_range.start
 
 
-def network(kinds):
+def network(kinds, device):
     torch.manual_seed(0)
-    return kinds.Sequential(kinds.Linear(5, 8), kinds.ReLU(), kinds.Linear(8, 4), kinds.LogSoftmax(1))
+    layers = kinds.Linear(5, 8), kinds.ReLU(), kinds.Linear(8, 4), kinds.LogSoftmax(1)
+    return kinds.Sequential(*layers).to(device)
 
 
 @pytest.mark.contract(56)
-def test_full_backward_hooks_see_what_stocks_see(either_backend):
-    x, seen = torch.randn(6, 5), {}
+def test_full_backward_hooks_see_what_stocks_see(either_backend, device):
+    x, seen = torch.randn(6, 5, device=device), {}
     for kinds in (torch.nn, nn):
-        model, told = network(kinds), seen.setdefault(kinds, [])
+        model, told = network(kinds, device), seen.setdefault(kinds, [])
         for module in model.modules():
             module.register_full_backward_hook(lambda m, dx, dy, told=told: told.append((type(m).__name__, *dx, *dy)))
         model(x).square().sum().backward()
@@ -125,15 +126,15 @@ def test_full_backward_hooks_see_what_stocks_see(either_backend):
 
 
 @pytest.mark.contract(56)
-def test_a_full_backward_hook_that_raises(either_backend):
-    model, x = network(nn), torch.randn(6, 5)
+def test_a_full_backward_hook_that_raises(either_backend, device):
+    model, x = network(nn, device), torch.randn(6, 5, device=device)
     hook = model[2].register_full_backward_hook(tell)
     with pytest.raises(Told):
         model(x).sum().backward()
     hook.remove()
     model.zero_grad()
     model(x).square().sum().backward()
-    twin = network(torch.nn)
+    twin = network(torch.nn, device)
     twin(x).square().sum().backward()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -142,9 +143,9 @@ def test_a_full_backward_hook_that_raises(either_backend):
 @pytest.mark.contract(57)
 @pytest.mark.parametrize("hooked", [0, 1])
 @pytest.mark.parametrize("kinds", [torch.nn, nn], ids=["stock", "ours"])
-def test_a_full_backward_hook_and_an_inplace_relu(kinds, hooked, either_backend, launches):
-    model = kinds.Sequential(kinds.Linear(3, 2), kinds.ReLU(inplace=True))
+def test_a_full_backward_hook_and_an_inplace_relu(kinds, hooked, either_backend, device):
+    model = kinds.Sequential(kinds.Linear(3, 2), kinds.ReLU(inplace=True)).to(device)
     model[hooked].register_full_backward_hook(lambda *_: None)
-    x = torch.randn(4, 3, requires_grad=True)
+    x = torch.randn(4, 3, device=device, requires_grad=True)
     with pytest.raises(RuntimeError, match="Output 0 of BackwardHookFunction is a view and is being modified inplace"):
         model(x).sum().backward()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from samples.losses import pair, problem
+from samples.losses import BINARY, CLASSES, arguments_of, pair, problem
 
 import fusedact
 from fusedact import functional as F
@@ -17,6 +17,37 @@ row = pytest.mark.contract
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.int64)
+
+
+def on(device, arguments):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Values are looked at on a GPU too."""
+    monkeypatch.setenv("FUSEDACT_CHECKS", "1")
+    fusedact.backend._checks.cache_clear()
+    yield
+    fusedact.backend._checks.cache_clear()
+
+
+@pytest.fixture
+def refuses(device, launches, checks):
+    """Ours as stock, in the contract's words; ours alone where stock would kill the GPU's context."""
+
+    def test(arguments, kind, message, functions, name):
+        arguments = on(device, arguments)
+        deadly = device == "cuda" and (kind is IndexError or "all elements" in message)
+        if deadly and (name == "torch" or not arguments["input"].numel()):
+            pytest.skip("the answer is stock's, of which the context dies")
+        with fusedact.use_backend(name):
+            assert deadly or problem(*functions, launches, arguments) is None
+            with pytest.raises(kind, match=message):
+                functions[0](**arguments)
+        assert launches.count == 0
+
+    return test
 
 
 # Rows 28 to 36
@@ -74,21 +105,10 @@ each_class_way = pytest.mark.parametrize(("loss", "way"), CLASS_WAYS, ids=[" ".j
 @each_backend
 @each_class_way
 @pytest.mark.parametrize(("change", "kind", "message"), WRONG_CLASSES.values(), ids=WRONG_CLASSES)
-def test_a_loss_of_classes_refuses(change, kind, message, loss, way, name, device, launches):
+def test_a_loss_of_classes_refuses(change, kind, message, loss, way, name, refuses):
     if way == "joined" and "input" in change:
         pytest.skip("a layer has no integer parameters")
-    if device == "cuda" and kind is IndexError:
-        pytest.skip("on a GPU torch's context dies")
-    refuses({"input": torch.rand(4, 3), "target": zeros(4)} | change, kind, message, pair(loss, way), name, launches)
-
-
-def refuses(arguments, kind, message, functions, name, launches):
-    """Ours as stock, in its own words, which are the contract's."""
-    with fusedact.use_backend(name):
-        assert problem(*functions, launches, arguments) is None
-        with pytest.raises(kind, match=message):
-            functions[0](**arguments)
-    assert launches.count == 0
+    refuses({"input": torch.rand(4, 3), "target": zeros(4)} | change, kind, message, pair(loss, way), name)
 
 
 @each_backend
@@ -148,18 +168,16 @@ def refuses(arguments, kind, message, functions, name, launches):
     ],
     ids=["spatial", "nll spatial", "label of an image", "ignored", "0-d", "no classes", "nll no classes"],
 )
-def test_a_loss_refuses(loss, change, kind, message, way, name, device, launches):
-    if device == "cuda" and kind is IndexError:
-        pytest.skip("on a GPU torch's context dies")
-    refuses({"input": torch.rand(4, 3), "target": zeros(4)} | change, kind, message, pair(loss, way), name, launches)
+def test_a_loss_refuses(loss, change, kind, message, way, name, refuses):
+    refuses({"input": torch.rand(4, 3), "target": zeros(4)} | change, kind, message, pair(loss, way), name)
 
 
 @row(32)
 @each_backend
-def test_a_head_refuses_an_ignored_class_of_probabilities(name, launches):
+def test_a_head_refuses_an_ignored_class_of_probabilities(name, refuses):
     arguments = {"input": torch.rand(4, 3), "target": torch.rand(4, 3), "ignore_index": 1}
     message = "^ignore_index cannot be specified when target contains probabilities$"
-    refuses(arguments, RuntimeError, message, pair("cross_entropy", "head"), name, launches)
+    refuses(arguments, RuntimeError, message, pair("cross_entropy", "head"), name)
 
 
 SMOOTHING = "label_smoothing must be between 0.0 and 1.0. Got: 1.5$"
@@ -168,10 +186,10 @@ SMOOTHING = "label_smoothing must be between 0.0 and 1.0. Got: 1.5$"
 @row(34)
 @each_backend
 @pytest.mark.parametrize("way", ["function", "module", "head", "joined"])
-def test_label_smoothing_out_of_range(way, name, launches):
-    arguments = {"input": torch.rand(4, 3), "target": zeros(4)}
+def test_label_smoothing_out_of_range(way, name, device, refuses):
+    arguments = on(device, {"input": torch.rand(4, 3), "target": zeros(4)})
     ours, stock = pair("cross_entropy", way)
-    refuses(arguments | {"label_smoothing": 1.5}, RuntimeError, SMOOTHING, (ours, stock), name, launches)
+    refuses(arguments | {"label_smoothing": 1.5}, RuntimeError, SMOOTHING, (ours, stock), name)
     with fusedact.use_backend(name):
         negative = ours(**arguments, label_smoothing=-0.1)
     torch.testing.assert_close(negative, stock(**arguments))
@@ -180,8 +198,8 @@ def test_label_smoothing_out_of_range(way, name, launches):
 @row(29)
 @each_backend
 @each_class_way
-def test_uint8_labels_are_taken(loss, way, name, launches):
-    x, target = torch.rand(4, 3), torch.tensor([0, 1, 2, 1])
+def test_uint8_labels_are_taken(loss, way, name, device):
+    x, target = torch.rand(4, 3, device=device), torch.tensor([0, 1, 2, 1], device=device)
     ours, stock = pair(loss, way)
     with fusedact.use_backend(name):
         value = ours(x, target.to(torch.uint8))
@@ -252,22 +270,20 @@ WRONG_BINARY = {
 @each_backend
 @pytest.mark.parametrize("way", ["function", "module", "head"])
 @pytest.mark.parametrize(("loss", "given", "kind", "message"), WRONG_BINARY.values(), ids=WRONG_BINARY)
-def test_a_loss_of_yes_or_no_refuses(loss, given, kind, message, way, name, device, launches):
+def test_a_loss_of_yes_or_no_refuses(loss, given, kind, message, way, name, refuses):
     if way == "head" and (loss == PROBABILITY or "pos_weight" in given):
         pytest.skip("no head of probabilities, and one of one output")
-    if device == "cuda" and "all elements" in message:
-        pytest.skip("on a GPU torch's context dies")
     if isinstance(given, tuple):
         given = dict(zip(("input", "target"), given, strict=True))
     arguments = {"input": ones(4, 1), "target": ones(4, 1)} | given
-    refuses(arguments, kind, message, pair(loss, way), name, launches)
+    refuses(arguments, kind, message, pair(loss, way), name)
 
 
 @row(47)
 @each_backend
 @pytest.mark.parametrize("way", ["function", "module"])
-def test_a_float64_target_makes_the_loss_float64(way, name):
-    x, target = torch.randn(4, 3), torch.rand(4, 3, dtype=torch.float64)
+def test_a_float64_target_makes_the_loss_float64(way, name, device):
+    x, target = torch.randn(4, 3, device=device), torch.rand(4, 3, dtype=torch.float64, device=device)
     ours, stock = pair(LOGIT, way)
     with fusedact.use_backend(name):
         value = ours(x, target)
@@ -319,9 +335,23 @@ class_arguments = {"input": torch.linspace(-1, 1, 12).view(4, 3), "target": torc
     ],
     ids=str,
 )
-def test_options_of_any_kind_are_as_torchs(option, way, name, launches):
+def test_options_of_any_kind_are_as_torchs(option, way, name, device, launches):
     with fusedact.use_backend(name):
-        assert problem(*pair("cross_entropy", way), launches, class_arguments | option) is None
+        assert problem(*pair("cross_entropy", way), launches, on(device, class_arguments | option)) is None
+
+
+@each_backend
+@pytest.mark.parametrize("way", ["function", "module"])
+@pytest.mark.parametrize("option", [{"size_average": True}, {"reduce": False}], ids=str)
+@pytest.mark.parametrize("loss", [*CLASSES, *BINARY])
+def test_old_options_warn_as_torchs(loss, option, way, name, device, launches):
+    arguments = on(device, arguments_of(loss)) | option
+    arguments = {k: v for k, v in arguments.items() if "weight" not in k}
+    ours, stock = pair(loss, way)
+    with fusedact.use_backend(name):
+        assert problem(ours, stock, launches, arguments) is None
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            ours(**arguments)
 
 
 RANGE = {
@@ -340,26 +370,22 @@ RANGE = {
 @each_backend
 @pytest.mark.parametrize("way", ["function", "head"])
 @pytest.mark.parametrize("option", RANGE)
-def test_what_torch_has_not_is_refused_by_its_name_and_value(option, way, name, launches):
+def test_what_torch_has_not_is_refused_by_its_name_and_value(option, way, name, device, launches):
     ours, _ = pair("cross_entropy", way)
+    arguments = on(device, class_arguments)
     with fusedact.use_backend(name):
         for value in RANGE[option]:
             told = r"got .*" if isinstance(value, torch.Tensor) else f"got {value}$"
             with pytest.raises(ValueError, match=f"^{option} must .*{told}"):
-                ours(**class_arguments, **{option: value})
+                ours(**arguments, **on(device, {option: value}))
         with pytest.raises(TypeError):
-            ours(**class_arguments, **{option: [1.0]})
+            ours(**arguments, **{option: [1.0]})
     assert launches.count == 0
 
 
 @pytest.mark.parametrize(
     ("on_gpu", "asked", "capturing", "looks"),
-    [
-        (False, "0", False, True),
-        (True, "0", False, False),
-        (True, "1", False, True),
-        (True, "1", True, False),
-    ],
+    [(False, "0", False, True), (True, "0", False, False), (True, "1", False, True), (True, "1", True, False)],
     ids=["cpu", "gpu", "gpu, asked", "gpu, asked in a graph"],
 )
 @row(28)

@@ -12,6 +12,7 @@ from fusedact import functional as F
 BACKENDS = ["torch", "triton"]
 PLACES = [(loss, place) for loss in losses() for place in arguments_of(loss)]
 PLACES += [("cross_entropy", "probabilities"), ("linear_cross_entropy", "probabilities")]
+USUAL = [(loss, place) for loss, place in PLACES if "linear" not in loss or place in ("linear_weight", "target")]
 
 
 def test_every_loss_is_here():
@@ -30,9 +31,17 @@ def kinds_of(t):
                 continue
 
 
-@pytest.mark.parametrize("name", ["triton", pytest.param("torch", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("loss", "place"), PLACES, ids=[" ".join(each) for each in PLACES])
+@pytest.mark.parametrize(
+    ("reduction", "name"),
+    [
+        ("mean", "triton"),
+        *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in (("none", "triton"), ("sum", "torch"))),
+    ],
+)
+@pytest.mark.parametrize(
+    ("loss", "place"),
+    [pytest.param(*each, id=" ".join(each), marks=[] if each in USUAL else pytest.mark.exhaustive) for each in PLACES],
+)
 def test_every_kind_of_tensor_is_taken_as_torch_takes_it(loss, place, reduction, name, device, launches):
     arguments = {k: t.to(device) for k, t in arguments_of(loss).items()} | {"reduction": reduction}
     if place == "probabilities":

@@ -51,12 +51,27 @@ def test_a_fault_is_told_in_one_line():
 
 @pytest.mark.parametrize(
     ("takes", "most", "expected"),
-    [(1000.0, 16, 10), (1000.0, 4, 4), (10_000.0, 16, 1), (1e6, 16, 1), (0.0, 200, 200), (1500.0, 16, 6)],
+    [
+        (1000.0, 16, 10),
+        (1000.0, 4, 4),
+        (10_000.0, 16, 1),
+        (1e6, 16, 1),
+        (0.0, 200, 200),
+        (1500.0, 16, 6),
+        (5000.2, 16, 1),
+    ],
 )
 def test_a_sample_is_of_ten_milliseconds_and_goes_round_the_inputs(takes, most, expected):
     calls = [lambda: TRUTH, lambda: -TRUTH, lambda: 2 * TRUTH]
     turns = measure._turns(calls, lambda given: takes if given is calls else 0.0, most)
     assert turns == [calls[n % 3] for n in range(expected)]
+
+
+def test_candidates_are_judged_by_their_first_inputs_whose_truth_it_is():
+    calls = {name: [lambda: TRUTH, lambda: 2 * TRUTH] for name in ("ours", "library")}
+    calls["wrong"] = [lambda: 2 * TRUTH, lambda: TRUTH]
+    found = measure._measured(calls, TRUTH, "library", "library", lambda given: 1.0, 2)
+    assert found.record.microseconds == {"ours": 1.0, "library": 1.0} and found.left_out.keys() == {"wrong"}
 
 
 def test_medians_and_noise():

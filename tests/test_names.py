@@ -118,6 +118,15 @@ def test_star_import_gives_both():
     assert done.returncode == 0, done.stderr
 
 
+def test_star_import_of_functional_gives_both():
+    names = {}
+    exec("from fusedact.functional import *", names)
+    ours = {name for name, value in vars(fusedact.functional).items() if is_ours(value) and callable(value)}
+    assert OURS["functional"] | {"gated", "linear_chain"} <= ours
+    given = names.keys() - {"__builtins__"}
+    assert given == {name for name in {*ours, *dir(torch.nn.functional)} if not name.startswith("_")}
+
+
 def same_torch_as_the_stubs() -> None:
     written = (ROOT / "fusedact/nn/__init__.pyi").read_text().partition("\n")[0]
     if f" {torch.__version__.partition('+')[0]}:" not in written:

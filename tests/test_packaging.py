@@ -157,7 +157,9 @@ def test_without_triton_the_fallback_trains(tmp_path):
     script = """
 import fusedact, torch
 from fusedact import nn
+from torch.utils._triton import has_triton_package
 
+assert not has_triton_package()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3, activation="gelu"))
 x, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0])
@@ -181,6 +183,27 @@ with fusedact.use_backend("torch"):
 assert "triton" not in sys.modules and "fusedact.kernels" not in sys.modules
 """
     run(sys.executable, "-c", NO_TRITON + script, cwd=tmp_path, PYTHONPATH=HERE)
+
+
+@pytest.mark.contract(71)
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_without_triton_torch_compiles_on_a_cpu(tmp_path):
+    script = """
+import torch
+from torch.utils._triton import has_triton_package
+from fusedact import nn
+
+assert not has_triton_package()
+torch.manual_seed(0)
+layer, x = nn.Linear(4, 3, activation="gelu"), torch.randn(6, 4, requires_grad=True)
+run = lambda x: torch.tanh(layer(x)).sum()
+expected, found = run(x), torch.compile(run, fullgraph=True)(x)
+torch.testing.assert_close(found, expected)
+torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (found, expected)))
+assert "triton" not in sys.modules
+"""
+    run(sys.executable, "-c", NO_TRITON + script, cwd=tmp_path, PYTHONPATH=HERE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.skipif(find_spec("fusedact.cli") is None, reason="no fusedact/cli.py")

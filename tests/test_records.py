@@ -173,6 +173,11 @@ def test_every_data_sheet_gives_an_answer(name, dtype):
         assert why(asked)[0] in ([FUSED] if asked.task == OP else candidates(asked))
 
 
+def test_an_amd_warp_is_of_64_threads_and_an_nvidia_one_of_32():
+    sizes = {name: chip.warp_size for name, chip in REFERENCE_CHIPS.items()}
+    assert sizes == {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}
+
+
 # The file
 
 
@@ -233,6 +238,12 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_then_replaced(chip, name
         write(chip, {asked: Record(another(asked), {})})
         forget()
         assert choose(*asked) == candidates(asked)[another(asked)]
+
+
+@pytest.mark.parametrize("time", [0, 0.0, 1e11])
+def test_a_time_may_be_0(time):
+    (record,) = records._parsed(with_entry(entry(microseconds={"library": time})), MACHINE).values()
+    assert record.microseconds == {"library": time}
 
 
 @pytest.mark.contract(81)

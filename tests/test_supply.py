@@ -84,7 +84,7 @@ class TestAudit:
         assert audit.main() == 0
 
     @pytest.mark.parametrize(
-        "fault", [OSError("no route"), subprocess.TimeoutExpired("pip-audit", 30)], ids=["unreachable", "slow"]
+        "fault", [ConnectionError("no route"), subprocess.TimeoutExpired("pip-audit", 30)], ids=["unreachable", "slow"]
     )
     def test_without_advisories_it_says_so_in_a_line_and_passes(self, monkeypatch, capsys, fault):
         def fails(pins, seconds):
@@ -94,6 +94,33 @@ class TestAudit:
         assert audit.main() == 0
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("pip-audit: skipped")
+
+    @pytest.mark.parametrize(("said", "kind"), [
+        ("requests.exceptions.ConnectionError: HTTPSConnectionPool: Max retries exceeded", ConnectionError),
+        ("ERROR: Tip: your network may be blocking this service.", ConnectionError),
+        ("requests.exceptions.HTTPError: 503 Server Error\n\npip_audit.ServiceError", ConnectionError),
+        ("requests.exceptions.HTTPError: 401 Client Error\n\npip_audit.ServiceError", RuntimeError),
+        ("/usr/bin/python: No module named pip_audit", RuntimeError),
+        ("error: unrecognized arguments: --disable-pip", RuntimeError),
+        ("", RuntimeError),
+    ], ids=["no route", "blocked", "their fault", "no access", "not installed", "options", "nothing"])  # fmt: skip
+    def test_only_what_is_out_of_reach_is_skipped(self, said, kind, monkeypatch):
+        done = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+        monkeypatch.setattr(subprocess, "run", lambda *given, **options: done)
+        with pytest.raises(kind):
+            audit.audited("a==1", 1.0)
+
+    def test_another_fault_fails(self, monkeypatch):
+        done = subprocess.CompletedProcess([], 1, stdout="", stderr="No module named pip_audit")
+        monkeypatch.setattr(subprocess, "run", lambda *given, **options: done)
+        with pytest.raises(RuntimeError, match="No module"):
+            audit.main()
+
+    def test_answers_that_hardly_know_a_package_fail(self, monkeypatch):
+        probe, unknown = self.ANSWERS[1:]
+        answers = iter([[probe], [probe, unknown, unknown]])
+        monkeypatch.setattr(audit, "audited", lambda pins, seconds: next(answers))
+        assert audit.main() == 1
 
 
 @pytest.mark.parametrize("ask", [

@@ -42,7 +42,6 @@ from fusedact import backend, kernels
 from fusedact import functional as F
 from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, gated, multilabel, nll, softmax
 from fusedact.kernels import launch as warm
-from fusedact.kernels.faults import LaunchError
 
 OPS = (bce, bias_activation, cross_entropy, elementwise, gated, multilabel, nll, softmax)
 DRY_LAUNCH = Path(__file__).with_name("dry_launch.py")
@@ -335,7 +334,7 @@ def check_what_is_not_known_is_tritons() -> None:
 def check_what_fails_or_is_only_compiled_is_not_kept() -> None:
     args, constants = arguments(SIZE=64)
     for _ in range(2):
-        with pytest.raises(LaunchError, match=r"KeyError: .*nonsense"):
+        with pytest.raises(KeyError, match="nonsense"):
             warm.launch(_kernel, (1,), *args, nonsense=1, **constants)
         with mock.patch.object(JITFunction, "run", lambda *args, **constants: None):  # as by the machine-code report
             warm.launch(_kernel, (1,), *args, **constants)

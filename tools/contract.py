@@ -74,11 +74,12 @@ def main(arguments: list[str]) -> int:
     lost, unknown = outcomes.without(wanted), outcomes.unknown()
     if wanted == "passed":
         Console(width=150).print(outcomes.table())
-    for rows_, wrong in ((lost, f"rows of which no test {wanted}"), (unknown, "tests name rows that are not there")):
-        if rows_:
-            print(f"{wrong}: {', '.join(map(str, rows_))}", file=sys.stderr)
+    for wrong, numbers in (("rows that no test holds", lost), ("tests hold rows that are not there", unknown)):
+        if numbers:
+            print(f"{wrong}: {', '.join(map(str, numbers))}", file=sys.stderr)
     return int(status) or bool(lost or unknown)
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # as `python -m pytest` has it: tests import tools and bench
     sys.exit(main(sys.argv[1:]))

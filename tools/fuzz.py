@@ -2,7 +2,7 @@
 
 `make fuzz SECONDS=60` or `make fuzz HOURS=8`: a process for each core, random seeds, hypothesis's examples kept in
 runs/fuzz, where failures.txt gets a line for REGRESSIONS for each failure. What parses files goes to atheris (see
-tools/fuzz_parsers.py) where it imports. The exit status is 1 after a failure.
+tools/fuzz_parsers.py) where it imports. The exit status is 1 after a failure; a worker that dies or hangs is one.
 """
 
 import argparse
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "runs/fuzz"
 EXAMPLES = 40  # of a target, before the next one's turn
 PARSER_SECONDS = 60  # of atheris on a parser, before the next one's turn
+GRACE = 300  # seconds after the time is up, in which a worker ends what it does
 
 
 def work(number: int, names: list[str], seed: int, until: float, told: Queue) -> None:
@@ -97,9 +98,12 @@ def guided(name: str, seconds: float) -> tuple[int, str]:
 
 
 def main() -> int:
-    options = parsed()
+    parser = argument_parser()
+    options = parser.parse_args()
     fuzz = prepared()
-    names = [name for name in fuzz.TARGETS if not options.only or name in options.only.split(",")]
+    names = options.only.split(",") if options.only else [*fuzz.TARGETS]
+    if unknown := [name for name in names if name not in fuzz.TARGETS]:
+        parser.error(f"no target {', '.join(unknown)}; there are {', '.join(fuzz.TARGETS)}")
     OUT.mkdir(parents=True, exist_ok=True)
     seconds = options.hours * 3600 if options.hours else options.seconds
     context, until, seed = get_context("spawn"), time.time() + seconds, options.seed or random.getrandbits(32)
@@ -127,26 +131,33 @@ def watched(workers: list[Any], told: Queue, names: list[str], until: float) -> 
     counts: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     failures: dict[str, str] = {}
-    running = len(workers)
+    running = set(range(len(workers)))
+
+    def one(name: str | int, count: int | None, failure: str | None) -> None:
+        if count is None:
+            running.discard(name)
+            return
+        counts[name] += count
+        if failure:
+            failed[name] += 1
+            if failure not in failures:
+                failures[failure] = name
+                live.console.print(failure, markup=False, highlight=False)
+                with (OUT / "failures.txt").open("a") as file:
+                    file.write(failure + "\n")
+
     with Live(table(names, counts, failed, until), refresh_per_second=1) as live:
-        while running and any(worker.is_alive() for worker in workers):
+        while running and time.time() < until + GRACE:
+            ended = [number for number in sorted(running) if not workers[number].is_alive()]  # what they told is there
             try:
-                name, count, failure = told.get(timeout=1)
+                one(*told.get(timeout=1))
             except Empty:
-                live.update(table(names, counts, failed, until))
-                continue
-            if count is None:
-                running -= 1
-                continue
-            counts[name] += count
-            if failure:
-                failed[name] += 1
-                if failure not in failures:
-                    failures[failure] = name
-                    live.console.print(failure, markup=False, highlight=False)
-                    with (OUT / "failures.txt").open("a") as file:
-                        file.write(failure + "\n")
+                for number in ended:
+                    one("workers", 0, f"# worker {number} ended with {workers[number].exitcode}")
+                    running.discard(number)
             live.update(table(names, counts, failed, until))
+        for number in sorted(running):
+            one("workers", 0, f"# worker {number} did not end")
     return list(failures)
 
 
@@ -154,21 +165,21 @@ def table(names: list[str], counts: Counter[str], failed: Counter[str], until: f
     from rich.table import Table
 
     shown = Table("target", "examples", "failed", title=f"{max(until - time.time(), 0):,.0f} s left")
-    for name in names:
-        if counts[name]:
+    for name in (*names, "workers"):
+        if counts[name] or failed[name]:
             shown.add_row(name, f"{counts[name]:,}", str(failed[name] or ""))
     shown.add_row("all", f"{counts.total():,}", str(failed.total() or ""))
     return shown
 
 
-def parsed() -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--hours", type=float, default=0.0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0, help="0: a random one, which is told")
     parser.add_argument("--only", default="", help="names of targets, with commas between")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

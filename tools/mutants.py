@@ -6,7 +6,8 @@ it goes on where it was. `--write` puts the table into docs/proofs.md; mutants.t
 
 A place is drawn, then one of its mutants: else an addition, of which there are eleven, would count eleven times. Left
 out is what changes no behaviour: annotations, overloads, a cache's decorator on a function with a result. A test
-run that exceeds its limit has noticed.
+run that exceeds its limit has noticed. The exit status is 1 where fewer than LEAST were run, fewer than SHARE of these
+killed, or one survives without a reason.
 """
 
 import argparse
@@ -29,13 +30,12 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from py_compile import PycInvalidationMode
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # before the imports
 
@@ -46,28 +46,14 @@ import triton  # noqa: F401
 from cosmic_ray.commands.init import _all_work_items
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-from rich.console import Console
+from mutants_told import TESTS, Mutant, shortfalls, shown, write
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
 
 sys.dont_write_bytecode = True
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/proofs.md"
-BEGIN, END = "<!-- mutants -->\n", "<!-- /mutants -->"
 SAMPLE, SEED = 210, 2
-TOLD = tomllib.loads((ROOT / "tools/mutants.toml").read_text())
-TESTS = TOLD["tests"]
 PYTEST = "-x -q --import-mode=importlib -p no:cacheprovider -p no:xdist -p no:randomly -m 'not exhaustive'"
 LIMIT_CPU_S, LIMIT_S = 60, 600  # of a mutant's tests, which take a few seconds; ten times that of a file's, traced
-
-
-class Mutant(NamedTuple):
-    """One change: the lines as they were and are, and what the tests said."""
-
-    file: str
-    before: str
-    after: str
-    outcome: str = ""  # killed, timeout or survived
 
 
 def annotations(tree: ast.Module) -> Iterator[ast.expr]:
@@ -236,11 +222,25 @@ def tested(root: Path, arguments: str, plugin: Callable[[], object], times: int 
     return None if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) else process.exitcode
 
 
+@functools.cache
+def digest(root: Path) -> str:
+    """Of the package and of all tests: what a test reaches may depend on each. Asked before there is a mutant."""
+    paths = (path for room in ("fusedact", "kernels", "tests") for path in sorted((root / room).rglob("*.py")))
+    texts = (str(path.relative_to(root)).encode() + path.read_bytes() for path in paths)
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+@functools.cache
+def passes(root: Path, file: str, kept: Path) -> None:
+    """Ends here unless the tests that are to notice pass on the source as it is, chosen and run as for a mutant."""
+    tests = sorted(reached(root, file, kept)["seconds"])
+    if tested(root, TESTS[file], lambda: Chosen(tests), times=10) != 0:
+        sys.exit(f"the tests of {file} fail without a mutant:\n{(root / 'log').read_text()[-3000:]}")
+
+
 def reached(root: Path, file: str, kept: Path) -> dict[str, Any]:
     """What Reached tells of the file's tests, but for those that fail on the source as it is; kept while they stay."""
-    texts = [root / file, *(root / word for word in shlex.split(TESTS[file]) if word.endswith(".py"))]
-    digest = hashlib.sha256(TESTS[file].encode() + b"".join(path.read_bytes() for path in texts)).hexdigest()
-    path = kept / f"{digest[:16]}.json"
+    path = kept / f"{hashlib.sha256(f'{file} {TESTS[file]} {digest(root)}'.encode()).hexdigest()[:16]}.json"
     if not path.exists():
         status = tested(root, f"{TESTS[file]} --maxfail=1000", lambda: Reached(root / file), times=10)
         if status not in (0, 1):
@@ -276,6 +276,7 @@ def judged(item: Any, root: Path, kept: Path) -> Mutant:
     """The mutant, put into the copy for a run of its tests."""
     mutation = item.mutations[0]
     file = str(mutation.module_path)
+    passes(root, file, kept)
     source = (root / file).read_text()
     code = mutated(mutation, source)
     mutant = changed(file, source, code)
@@ -292,62 +293,7 @@ def judged(item: Any, root: Path, kept: Path) -> Mutant:
     return mutant._replace(outcome="timeout" if status is None else "survived" if status == 0 else "killed")
 
 
-# Telling
-
-
-def reasons() -> dict[tuple[str, str, str], str]:
-    return {(entry["file"], entry["before"], entry["after"]): entry["reason"] for entry in TOLD.get("survivor", [])}
-
-
-def counts(mutants: list[Mutant]) -> list[tuple[str, ...]]:
-    """A line for each file and one for all: how many, killed, of these by the limit, surviving, and the share."""
-    lines = []
-    for name in (*TESTS, "all"):
-        own = [m.outcome for m in mutants if name in (m.file, "all")]
-        survived, late = own.count("survived"), own.count("timeout")
-        share = f"{(len(own) - survived) / len(own):.0%}" if own else ""
-        lines.append((name, *map(str, (len(own), len(own) - survived, late, survived)), share))
-    return lines
-
-
-def page(mutants: list[Mutant], seed: int) -> str:
-    """The two tables of docs/proofs.md."""
-    known = reasons()
-    rows = [" | ".join(("", *line, "")).strip() for line in counts(mutants)]
-    survivors = [
-        f"| `{m.file}` | {code(m.before)} | {code(m.after)} | {known.get(m[:3], 'not looked at yet')} |"
-        for m in sorted(mutants)
-        if m.outcome == "survived"
-    ]
-    return "\n".join(
-        [
-            f"`make mutants`, seed {seed}:\n\n| file | mutants | killed | by the limit | survived | share |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "\n| survivor in | line | as | why it may live |\n| --- | --- | --- | --- |",
-            *survivors,
-            "",
-        ]
-    )
-
-
-def code(line: str) -> str:
-    return "`{}`".format(line.replace("|", "\\|")) if line else "(gone)"
-
-
-def shown(mutants: list[Mutant]) -> None:
-    table = Table("file", "mutants", "killed", "by the limit", "survived", "share")
-    for line in counts(mutants):
-        table.add_row(*line)
-    console = Console(width=150)
-    console.print(table)
-    known = reasons()
-    for m in sorted(mutants):
-        if m.outcome == "survived":
-            console.print(f"{m.file}\n  - {m.before}\n  + {m.after}\n    {known.get(m[:3], 'NO REASON')}", markup=False)
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--total", type=int, default=SAMPLE)
@@ -358,8 +304,8 @@ def main() -> None:
     kept = ROOT / "runs/mutants"
     kept.mkdir(parents=True, exist_ok=True)
     sources = b"".join((ROOT / file).read_bytes() for file in TESTS)
-    digest = hashlib.sha256(sources + f"{options.seed} {options.total}".encode()).hexdigest()
-    session = kept / f"session-{digest[:16]}.json"  # another source is another sample
+    sample = hashlib.sha256(sources + f"{options.seed} {options.total}".encode()).hexdigest()
+    session = kept / f"session-{sample[:16]}.json"  # another source is another sample
     results = json.loads(session.read_text()) if session.exists() else {}
     items = drawn(options.seed, options.total)
     if not options.write:
@@ -377,9 +323,11 @@ def main() -> None:
     mutants = [Mutant(*results[name_of(item)]) for item in items if name_of(item) in results]
     shown(mutants)
     if options.write:
-        text = PAGE.read_text()
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        PAGE.write_text(f"{head}{BEGIN}{page(mutants, options.seed)}{END}{tail}")
+        write(mutants, options.seed)
+    short = shortfalls(mutants)
+    for line in short:
+        print(line, file=sys.stderr)
+    return int(bool(short))
 
 
 def name_of(item: Any) -> str:
@@ -388,4 +336,4 @@ def name_of(item: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,9 +2,11 @@
 
 `make soak MINUTES=30` runs each entry of soak_runs.RUNS in a process of its own, all at once, on a CPU. Every few
 seconds a process tells its resident memory and what else it holds. The first half is warm-up and is not judged.
-Memory may grow by less than a fiftieth over the rest and Python's objects by less than a two-hundredth, by the median
-of all slopes (Theil and Sen's); open files, threads, temporary files and caches without a bound of their own by nothing
-from the first half of it to the second. A record and a picture go to --out.
+How much memory and how many Python objects the rest adds in a cycle, the median of all slopes (Theil and Sen's) tells.
+An object in every second cycle is a fault, but for those of new entries in caches that have a bound; and so is memory
+that grows by 20 kB in a cycle and a MB in all, or by a hundredth of what there is. Open files, threads, temporary files
+and caches without a bound of their own may not grow at all from the first half of it to the second. A run of fewer than
+50 cycles in that time is not judged, which is a fault too. A record and a picture go to --out.
 """
 
 import argparse
@@ -24,7 +26,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import numpy as np
 
 WARM_UP = 1 / 2  # of the run
-GROWTH = {"megabytes": 0.02, "objects": 0.005}  # of what there is, over the time judged; allocators grow by steps
+LEAST = {"samples": 4, "cycles": 50}  # that are judged
+MEGABYTES = {"share": 0.01, "cycle": 0.02, "step": 1.0}  # allocators grow by steps, which are none of a cycle's
+OBJECTS = {"cycle": 0.5, "entry": 3.0}  # an entry is a key, a value and what holds them
+RULE = {"warm_up": WARM_UP, "least": LEAST, "megabytes": MEGABYTES, "objects": OBJECTS}
 STEADY = ("files", "threads", "left behind")
 PRIMITIVES = "16"  # that oneDNN keeps; of its own 1,024 each new shape adds one, stock or not, for the whole run
 CONTAINERS = (dict, list, set, WeakKeyDictionary, WeakValueDictionary)
@@ -116,21 +121,34 @@ def slope(x: np.ndarray, y: np.ndarray) -> float:
 def judged(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """What grew by how much after the warm-up, and `faults`: what grew by more than the rule allows."""
     kept = samples[round(len(samples) * WARM_UP) :]
-    if len(kept) < 4:
-        raise ValueError(f"{len(samples)} samples are too few to judge, give it more minutes")
-    seconds = np.array([each["seconds"] for each in kept])
-    found: dict[str, Any] = {"cycles": kept[-1]["cycles"], "seconds": float(seconds[-1]), "faults": []}
-    for what, most in GROWTH.items():
+    if len(kept) < LEAST["samples"]:
+        done = samples[-1]["cycles"] if samples else 0
+        return {"cycles": done, "faults": [f"{len(samples)} samples are too few to judge"]}
+    cycles = np.array([each["cycles"] for each in kept])
+    passed = int(cycles[-1] - cycles[0])
+    found: dict[str, Any] = {"cycles": kept[-1]["cycles"], "judged": passed, "seconds": kept[-1]["seconds"]}
+    found["faults"] = [f"{passed} cycles are too few to judge"] if passed < LEAST["cycles"] else []
+    grown = {}
+    for what in ("megabytes", "objects", "bounded"):
         values = np.array([each[what] for each in kept])
-        grown = slope(seconds, values) * (seconds[-1] - seconds[0])
-        found[what] = {"median": round(float(np.median(values)), 2), "grown": round(grown, 3)}
-        if grown > most * np.median(values):
-            found["faults"].append(f"{what} grew by {grown:.3g} from {np.median(values):.4g}")
+        grown[what] = slope(cycles, values) * passed
+        found[what] = {"median": round(float(np.median(values)), 2), "grown": round(grown[what], 3)}
+    for what, most in _most(passed, found["megabytes"]["median"], grown["bounded"]).items():
+        if grown[what] > most:
+            found["faults"].append(f"{what} grew by {grown[what]:.3g}, where {most:.3g} may be")
     for what, before, after in _steady(kept):
         found[what] = after
         if after > before:
             found["faults"].append(f"{what} grew from {before} to {after}")
     return found
+
+
+def _most(cycles: int, megabytes: float, entries: float) -> dict[str, float]:
+    """What so many cycles may add, of so many megabytes and with so many new entries in caches that have a bound."""
+    return {
+        "megabytes": min(MEGABYTES["share"] * megabytes, MEGABYTES["step"] + MEGABYTES["cycle"] * cycles),
+        "objects": OBJECTS["cycle"] * cycles + OBJECTS["entry"] * entries,
+    }
 
 
 def _steady(kept: list[dict[str, Any]]) -> Iterator[tuple[str, int, int]]:
@@ -149,26 +167,37 @@ def report(paths: Mapping[str, Path], out: Path) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    samples = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
+    samples = {name: _told(path) for name, path in paths.items()}
     found = {name: judged(each) for name, each in samples.items()}
     table = Table("run", "cycles", "MB", "grown, MB", "objects", "grown", "open files", "threads", "faults")
     for name, each in found.items():
-        memory, objects = each["megabytes"], each["objects"]
-        numbers = [f"{each['cycles']:,}", f"{memory['median']:.0f}", f"{memory['grown']:+.2f}"]
-        numbers += [f"{objects['median']:,.0f}", f"{objects['grown']:+,.0f}", f"{each['files']}", f"{each['threads']}"]
-        table.add_row(name, *numbers, "; ".join(each["faults"]))
+        table.add_row(name, *(_numbers(each) if "seconds" in each else [""] * 7), "; ".join(each["faults"]))
     Console(width=160).print(table)
     machine = {"machine": "CPU", "cores": os.cpu_count(), "torch": str(torch.__version__)}
-    record = {"setting": machine, "rule": {"warm_up": WARM_UP, "growth": GROWTH}, "runs": found}
+    record = {"setting": machine, "rule": RULE, "runs": found}
     (out / "soak.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "soak.png").write_bytes(picture(samples))
     return not any(each["faults"] for each in found.values())
+
+
+def _told(path: Path) -> list[dict[str, Any]]:
+    """The samples of a run, also of one that died, before the first or in the middle of a line."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _numbers(each: Mapping[str, Any]) -> list[str]:
+    memory, objects = each["megabytes"], each["objects"]
+    numbers = [f"{each['judged']:,} of {each['cycles']:,}", f"{memory['median']:.0f}", f"{memory['grown']:+.2f}"]
+    numbers += [f"{objects['median']:,.0f}", f"{objects['grown']:+,.0f}"]
+    return [*numbers, f"{each['files']}", f"{each['threads']}"]
 
 
 def picture(samples: Mapping[str, list[dict[str, Any]]]) -> bytes:
     """Resident memory over time, a small chart for each run."""
     from fusedact.plotting import png, style
 
+    samples = {name: each for name, each in samples.items() if each}
     rows = -(-len(samples) // 3)
     figure = style.page(1.6 * rows + 0.6, "Resident memory of a process that trains, megabytes by minutes")
     parts = figure.subplots(rows, 3, squeeze=False).ravel()

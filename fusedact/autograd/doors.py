@@ -51,8 +51,8 @@ class Op:
         by_formula = guarded(self.launch, self._outputs_by_formula, lambda *args: of_forward(args[:-1]))
         forward_op: Any = define(self.name, self.schema, by_formula, self.fake)
         options = len(forward_op._schema.arguments) - self.tensors - 1
-        launch_backward = self._guarded_backward(options)
-        backward_op = define(f"{self.name}_backward", self.backward_schema, launch_backward, self.backward_fake)
+        launch_backward, of_registered = self._guarded_backward(options)
+        backward_op = define(f"{self.name}_backward", self.backward_schema, of_registered, self.backward_fake)
         torch.library.register_autograd(
             f"fusedact::{self.name}",
             lambda ctx, *dys: (*self._gradients(ctx, dys, backward_op), None),
@@ -102,10 +102,14 @@ class Op:
             output.copy_(result)
         return outputs
 
-    def _guarded_backward(self, options: int) -> Callable[..., Any]:
-        of_backward = partial(kind_of, f"{self.name}_backward")
+    def _guarded_backward(self, options: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The backward of what was launched; and of the registered op, whose forward may have been the formula."""
+
+        def own(*args: Any) -> tuple:
+            return kind_of(f"{self.name}_backward", args)
+
         if self.backward_formula:
-            return guarded(self.backward, self.backward_formula, lambda *args: of_backward(args))
+            return (guarded(self.backward, self.backward_formula, own),) * 2
 
         def inputs_and_options(args: tuple) -> tuple:
             given = args[self.most_results : -1]
@@ -117,10 +121,10 @@ class Op:
             dys = args[: 1 if self.results is None else self.results(rest)]
             return differentiate(lambda *xs: self.composite(*xs, *rest), inputs, args[-1], dys)
 
-        return guarded(
-            self.backward, formula,
-            lambda *args: of_backward(args), lambda *args: kind_of(self.name, inputs_and_options(args)),
-        )  # fmt: skip
+        def forwards(*args: Any) -> tuple:
+            return kind_of(self.name, inputs_and_options(args))
+
+        return guarded(self.backward, formula, own), guarded(self.backward, formula, own, forwards)
 
     def _function(
         self, named: Callable[..., Any], launch_backward: Callable[..., Any]

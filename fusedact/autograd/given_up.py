@@ -28,11 +28,11 @@ def _kind(arg: Any) -> Any:
 
 
 def is_given_up(kind: tuple) -> bool:
-    return kind in GIVEN_UP and backend.get_backend() == "auto"
+    return kind in GIVEN_UP and backend.get_backend() != "triton"
 
 
 def give_up(kind: tuple, error: Exception) -> None:
-    """Remembers it, with a warning, under 'auto'; else raises the error."""
+    """Remembers it, with a warning; under 'triton' raises the error."""
     backend.give_up(error)
     GIVEN_UP.add(kind)
 
@@ -41,7 +41,7 @@ def guarded(run: Callable[..., Any], instead: Callable[..., Any], *kinds: Callab
     """run, with its tensors' GPU made current, since a launch goes to the current one; or `instead` of it.
 
     The first of the kinds that it tells of its arguments is what it gives up; another one's loss ends it too, whatever
-    the backend: what that op has not saved cannot be read.
+    the backend: what a registered op in its place has not saved cannot be read.
     """
 
     def there(*args: Any) -> Any:

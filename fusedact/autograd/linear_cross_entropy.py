@@ -169,7 +169,7 @@ def _gradient_by_torch(z, target, weight, sample_weight, losses, total, ignore_i
     *numbers, wanted = numbers_and_wanted
     if wanted and not target.is_floating_point() and not numbers[2]:
         return _gradient_of_classes(z, target, weight, sample_weight, losses, total, ignore_index, *numbers[:2])
-    with torch.set_grad_enabled(wanted):
+    with backend.recording() if wanted else torch.no_grad():
         z.requires_grad_(wanted)
         loss = _wide_formula(z, target, weight, sample_weight, ignore_index, "none", *numbers)
     losses.copy_(loss.detach())
@@ -250,8 +250,13 @@ def _fake(x, linear_weight, linear_bias, *others):
 
 
 def _by_torch_at_need(run):
-    """run, whose first argument is whether kernels may; where they cannot be compiled the chunks are torch's."""
-    return guarded(partial(run, True), partial(run, False), lambda *args: kind_of(f"{run.__name__} of a head", args))
+    """run, whose first argument is whether kernels may; where they cannot be compiled the chunks are torch's.
+
+    EarlyOp's own guard, whose formula keeps all logits, is then never asked.
+    """
+    return guarded(
+        partial(run, True), partial(run, False), lambda *args: kind_of("linear_cross_entropy by chunks", args)
+    )
 
 
 linear_cross_entropy = EarlyOp(

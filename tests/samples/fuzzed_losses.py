@@ -224,3 +224,11 @@ def stock_head(
         usual["ignore_index"] = None if ignore_index == -100 else ignore_index
         F.linear_cross_entropy(input, linear_weight, linear_bias=linear_bias, **usual)
         raise
+
+
+def true_head(*, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None = None, **others: Any) -> Tensor:
+    """In which, as from kernels, rows that are ignored have a gradient of 0 whatever they hold."""
+    z, target = F.linear(input, linear_weight, linear_bias), others["target"]
+    if not target.is_floating_point():
+        z = z.masked_fill((target == others.get("ignore_index", -100)).unsqueeze(-1), 0)
+    return extended_cross_entropy(z, **{name: value for name, value in others.items() if name != "chunk"})

@@ -274,5 +274,5 @@ OPS: dict[str, Op] = {
     "linear_binary_cross_entropy_with_logits": Op(
         functional.linear_binary_cross_entropy_with_logits, losses.stock_bce_head, losses.bce_head
     ),
-    "linear_cross_entropy": Op(losses.ours_head, losses.stock_head, losses.head, own=True),
+    "linear_cross_entropy": Op(losses.ours_head, losses.stock_head, losses.head, losses.true_head, own=True),
 }

@@ -24,4 +24,12 @@ def problem(example: Call | Network | File) -> str | None:
 REGRESSIONS: dict[str, Call | Network | File] = {
     "tanhshrink near 0": Call("tanhshrink", {"input": Array(shape=(1000,), scale=0.001)}),
     "tanhshrink near 0, one number": Call("tanhshrink", {"input": Array(shape=(), scale=0.001)}, seed=35),
+    "a head's ignored row of NaN": Call(
+        "linear_cross_entropy",
+        {
+            "input": Array(shape=(15,)),
+            "linear_weight": Array(shape=(1, 15), odd=(nan,), grad=False),
+            "target": Array(shape=(), kind="integers", odd=(-100,), grad=False),
+        },
+    ),
 }

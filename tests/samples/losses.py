@@ -1,6 +1,5 @@
 """Each loss of fusedact.functional by every way into it (function, module, head, joined), and stock's beside it."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,11 +77,12 @@ def _joined(loss: str) -> Callable[..., Tensor]:
 
 def problem(ours: Callable, stock: Callable, launches: Any, arguments: dict[str, Any]) -> str | None:
     """What torch would not have done, or None; the numbers of a launch may be off as roundings are."""
-    before = launches.count
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs, own = (outcome(f, **arguments) for f in (stock, ours))
-    own.launches, own.warned = launches.count - before, theirs.warned
+    before, always = launches.count, torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # ours is the second
+    theirs, own = (outcome(f, **arguments) for f in (stock, ours))
+    torch.set_warn_always(always)
+    own.launches = launches.count - before
+    own.warned, theirs.warned = (sorted(w[:2] for w in o.warned) for o in (own, theirs))
     if any(isinstance(o.result, Tensor) and o.result.layout == torch.sparse_coo for o in (own, theirs)):
         own.result, theirs.result = own.result.to_dense(), theirs.result.to_dense()
     return difference(own, theirs, theirs.result if own.launches else None)
