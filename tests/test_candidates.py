@@ -109,7 +109,7 @@ def test_the_way_of_each_tile_is_one_that_the_product_asks_for():
         ({"dtype": torch.float32, "precision": "forced ieee"}, {"pointers"}),
         ({"dtype": torch.float64}, {"pointers"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_how_tiles_are_read(changed, expected):
     assert {name.split()[0] for name in candidates(problem(**changed)) if name != LIBRARY} == expected

@@ -134,7 +134,7 @@ def test_inputs_are_of_unit_size_the_same_each_time_and_nobodys_random_numbers()
         ((512, 258, 512), {"forward"}),
         ((512, 512, 258), set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_which_operands_are_aligned(sizes, aligned):
     problems = layer(*sizes, dtype=torch.bfloat16).problems()
