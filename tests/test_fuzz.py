@@ -4,6 +4,7 @@
 """
 
 import math
+import mmap
 import queue
 from types import SimpleNamespace
 
@@ -124,7 +125,8 @@ def test_a_reader_that_takes_too_much_is_told(limits, size, problem, monkeypatch
     """Also in a process that once took more."""
 
     def read(path):
-        bytearray(size)
+        with mmap.mmap(-1, size) as taken:  # not from what the process has freed and kept
+            taken[::4096] = bytes(size // 4096)
         raise ValueError(path)
 
     bytearray(128 << 20)
