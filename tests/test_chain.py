@@ -176,12 +176,20 @@ def is_one_op(model, x) -> bool:
     ("changed", "expected"),
     [
         (lambda model: model, True),
+        (lambda model: setattr(model, "1", torch.nn.LeakyReLU(0.2)), True),
         (lambda model: model[0].register_forward_hook(lambda *args: None), False),
         (lambda model: model[1].register_forward_hook(lambda *args: None), False),
         (lambda model: model.append(torch.nn.Softmax(1)), False),
         (lambda model: model.insert(1, torch.nn.Dropout(0.0)), False),
     ],
-    ids=["plain", "hook on a layer", "hook on an activation", "another module after it", "a module between"],
+    ids=[
+        "plain",
+        "an activation with a parameter",
+        "hook on a layer",
+        "hook on an activation",
+        "another module after it",
+        "a module between",
+    ],
 )
 def test_when_layers_are_one_op(changed, expected, device):
     model = network((4, 6, 5), ("relu", "relu"), device)
