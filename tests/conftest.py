@@ -72,6 +72,15 @@ def patched_once(monkeypatch):
         scope.restore()
 
 
+@pytest.fixture
+def one_thread():
+    """On tiny networks torch's threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run: compiled on a GPU, interpreted on a CPU."""

@@ -20,6 +20,8 @@ from fusedact.fitting import Training, fit
 from fusedact.fitting.order import orders
 from fusedact.fitting.recipe import read
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.3),
     "decayed": partial(torch.optim.SGD, lr=0.1, weight_decay=0.01),
@@ -38,14 +40,6 @@ LOSSES = {
     "squared error": (nn.Tanh(), nn.MSELoss(), False),
 }
 ROWS = 23
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def stock_loop(model, x, y, loss, optimizer, *, epochs, batch_size, drop_last=False, shuffle=True, generator=None):

@@ -32,6 +32,7 @@ from fusedact.tuning import Chip, Problem, records
 from fusedact.tuning.records import LIBRARY, Machine, Record
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),  # a forked child cannot start torch's threads again
     pytest.mark.skipif(not hasattr(os, "waitid"), reason="there is no fork, or no waitid"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),  # a child does nothing with threads
 ]
@@ -39,15 +40,6 @@ MOST = 60.0  # seconds that a child may take
 FEW, MANY = 4, pytest.param(50, marks=pytest.mark.exhaustive)
 many_times = pytest.mark.parametrize("kills", [MANY])
 trains = pytest.mark.skipif(torch.cuda.is_available(), reason="a forked child has no backward after CUDA's")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked child cannot start torch's threads again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ran(work, folder, seconds=MOST):

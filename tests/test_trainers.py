@@ -18,13 +18,7 @@ from fusedact import data
 from fusedact.trainers import LAYERS, TRAINERS, load_checkpoint, save_checkpoint
 from fusedact.trainers.worked import ANSWERS
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
