@@ -3,7 +3,16 @@
 import torch
 
 from bench.codegen_launchers import PRECISIONS, Work, product_tile
-from fusedact.kernels import bce, cross_entropy, linear_bce, linear_cross_entropy, multilabel, nll, softmax
+from fusedact.kernels import (
+    bce,
+    class_shards,
+    cross_entropy,
+    linear_bce,
+    linear_cross_entropy,
+    multilabel,
+    nll,
+    softmax,
+)
 
 
 def cross_entropy_tensors(p, shape, options):
@@ -71,6 +80,46 @@ def cross_entropy_overwrite_with_gradient(chip, p, *shape, **options):
     losses, total = statistic(shape[0]), statistic(1)
     cross_entropy.overwrite_with_gradient(x, *others, losses, total, -100, *cross_entropy_numbers(options), config)
     return Work(config, sum(t.nbytes for t in (x, x, *others, losses) if t is not None))
+
+
+def class_shards_statistics(chip, p, *shape, first=0, **options):
+    """Of a slice of the classes, those from `first` on of twice as many."""
+    x, target, _, _ = cross_entropy_tensors(p, shape, {})
+    weight = p.empty(2 * shape[1]) if options.get("weight") else None
+    config = cross_entropy.tile(
+        shape[1], cross_entropy.rows_after(x), x.element_size(), cross_entropy_streams(options), chip.target.warp_size
+    )  # fmt: skip
+    spread, softcap = "smoothing" in options, options.get("softcap", 0.0)
+    numbers = class_shards.statistics(x, target, weight, first, -100, spread, softcap, config)
+    return Work(
+        config,
+        sum(t.nbytes for t in (x, target, numbers)) + (weight.nbytes // 2 if spread and weight is not None else 0),
+    )
+
+
+def class_shards_backward(chip, p, *shape, first=0, **options):
+    """Of a slice of the classes, those from `first` on of twice as many, in the logits' place."""
+    x, target, _, sample_weight = cross_entropy_tensors(p, shape, options | {"weight": False})
+    weight = p.empty(2 * shape[1]) if options.get("weight") else None
+    statistic = PRECISIONS["fp64" if p.dtype == torch.float64 else "fp32"].empty
+    stats = statistic(2 if weight is None else 3, x.numel() // shape[1])
+    numbers = cross_entropy_numbers(options)
+    others = target, weight, sample_weight, stats, statistic(1), -100, *numbers
+    cross_entropy.backward(p.empty(), None, x, *others, True, False, first, 2 * shape[1], x)
+    config = cross_entropy.tile(shape[1], cross_entropy.rows_after(x), x.element_size(), 1, chip.target.warp_size)
+    return Work(config, sum(t.nbytes for t in (x, x, target, sample_weight, stats) if t is not None))
+
+
+def class_shards_combined(chip, p, slices, M, reduction="mean", save=True, smoothing=0.0, weight=False, z_loss=0.0):
+    """One read of what the processes have exchanged."""
+    statistic = PRECISIONS["fp64" if p.dtype == torch.float64 else "fp32"].empty
+    gathered, target = statistic(slices, 5 if smoothing else 3, M), torch.empty(M, dtype=torch.int64, device="meta")
+    weight = p.empty(1024) if weight else None
+    numbers = -100, reduction, smoothing, z_loss, False, save, p.dtype
+    loss, _, stats, _ = class_shards.combined(gathered, target, weight, None, 1024, *numbers)
+    return Work(
+        class_shards.tile(slices), sum(t.nbytes for t in (gathered, target, weight, loss, stats) if t is not None)
+    )
 
 
 def nll_forward(chip, p, *shape, reduction="mean"):

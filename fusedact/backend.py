@@ -6,6 +6,7 @@ The choice is the process's: `FUSEDACT_BACKEND`, read at the first call, then `s
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -232,6 +233,13 @@ def recording() -> Iterator[None]:
         yield
 
 
+def process_group(name: Any) -> Any:
+    """The group of processes of that name, a string, as the schema of an op carries it."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
 @contextmanager
 def overlooking() -> Iterator[None]:
     """Inside, no dispatch mode counts: under one that only looks on, ops launch as they do without it."""
@@ -321,6 +329,14 @@ def named(name: str, run: Callable[..., _Result]) -> Callable[..., _Result]:
     return there
 
 
+def is_sharded(t: Any) -> bool:
+    """Whether t is a DTensor, whose module nothing of ours imports before there is one."""
+    if type(t) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
 def is_transparent(t: Tensor) -> bool:
     """A subclass whose memory a kernel may read as a tensor's.
 
@@ -328,4 +344,5 @@ def is_transparent(t: Tensor) -> bool:
     which is also true inside `with torch.device(...)` and every other function mode.
     """
     kind = type(t)
-    return kind.__torch_function__ is torch._C._disabled_torch_function_impl and not is_traceable_wrapper_subclass(t)
+    disabled = kind.__torch_function__ is torch._C._disabled_torch_function_impl
+    return disabled and not is_traceable_wrapper_subclass(t) and not is_sharded(t)  # Dynamo does not know the former

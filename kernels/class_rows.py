@@ -163,6 +163,34 @@ def row_statistics(
 
 
 @triton.jit
+def of_all_tiles(
+    partial_ptr, rows, mask, M, tiles, plane, SPREAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
+):
+    """Of each row of logits: maximum m and Σ exp(x - m); SPREAD, also Σ k (x - m) and Σ k. Read once, (TILES, ROWS)."""
+    m = tl.full((ROWS,), -float("inf"), partial_ptr.dtype.element_ty)
+    s = tl.zeros_like(m)
+    kx_sum = tl.zeros_like(m)
+    k_sum = tl.zeros_like(m)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        here = (tile < tiles)[:, None] & mask[None, :]
+        ptrs = partial_ptr + tile[:, None] * tl.cast(M, tl.int64) + rows[None, :]
+        tile_m = tl.load(ptrs, mask=here, other=-float("inf"))
+        tile_s = tl.load(ptrs + plane, mask=here, other=0.0)
+        larger = tl.maximum(m, tl.max(tile_m, 0))
+        base = finite_or_0(larger)
+        tile_base = finite_or_0(tile_m) - base[None, :]
+        shift = finite_or_0(m) - base
+        if SPREAD:
+            tile_k = tl.load(ptrs + 3 * plane, mask=here, other=0.0)
+            kx_sum += shift * k_sum + tl.sum(tl.load(ptrs + 2 * plane, mask=here, other=0.0) + tile_base * tile_k, 0)
+            k_sum += tl.sum(tile_k, 0)
+        s = s * tl.exp2((m - base) * LOG2_E) + tl.sum(tile_s * tl.exp2((tile_m - base[None, :]) * LOG2_E), 0)
+        m = larger
+    return m, s, kx_sum, k_sum
+
+
+@triton.jit
 def row_losses(
     m, s, k_sum, kx_sum, target, x_target, w_target, smoothing, z_loss, C,
     PROBABILITIES: tl.constexpr, ACCUMULATOR: tl.constexpr,

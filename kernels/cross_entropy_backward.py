@@ -9,14 +9,16 @@ from .metadata import flops_each, told
 from .tiles import LOG2_E, blocks_of, narrow
 from .workspace import around_classes, by_row, cdiv, gradient_block, row_strides
 
+NUMBERS = ["ignore_index", "first", "classes"]  # whose values no kernel is compiled for
 
-@triton.jit(do_not_specialize=["ignore_index"], launch_metadata=told(__name__, flops_each("x_ptr", 4)))
+
+@triton.jit(do_not_specialize=NUMBERS, launch_metadata=told(__name__, flops_each("x_ptr", 4)))
 def _backward_kernel(
     dloss_ptr,  # (A, B), one number, or None
     dlse_ptr,  # (A, B) or None
     x_ptr,  # (A, C, B)
     target_ptr,  # (A, B) int64, or probabilities (A, C, B)
-    weight_ptr,  # (C,) or None
+    weight_ptr,  # (C,), of these classes, inside the weight of all, or None
     sample_weight_ptr,  # (A, B) or None
     stats_ptr,  # as from forward
     total_ptr,  # (1,) or None
@@ -42,6 +44,8 @@ def _backward_kernel(
     stride_dxb,
     stride_dxc,
     ignore_index,
+    first,  # of all classes, where these C are a slice of them, else None
+    classes,
     numbers,
     PROBABILITIES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -87,7 +91,11 @@ def _backward_kernel(
     else:
         target = tl.load(target_ptrs, mask=mask_b, other=ignore_index)
         counts = target != ignore_index
-        in_range = (target >= 0) & (target < C)
+        if classes is None:
+            classes = C
+        in_range = (target >= 0) & (target < classes)
+        if first is not None:
+            target = target - first
         dloss = tl.where(in_range, dloss, float("nan"))
         k_target = tl.full((ROWS,), 1.0, ACCUMULATOR)
         if weight_ptr is not None:
@@ -96,7 +104,7 @@ def _backward_kernel(
             k_target = k_target * (1.0 - smoothing)
         k = tl.where(cols[None, :] == target[:, None], k_target[:, None], 0.0)
         if smoothing is not None:
-            share = smoothing / tl.cast(C, ACCUMULATOR)
+            share = smoothing / tl.cast(classes, ACCUMULATOR)
             w = coefficients(None, weight_ptrs, mask, None, C, ACCUMULATOR, PROBABILITIES, False)
             k += share if w is None else w * share
 
@@ -130,13 +138,15 @@ def _backward_kernel(
 
 def backward(
     dloss, dlse, x, target, weight, sample_weight, stats, total,
-    ignore_index, smoothing, z_loss, softcap, want_dx, want_dtarget,
+    ignore_index, smoothing, z_loss, softcap, want_dx, want_dtarget, first=None, classes=None, into=None,
 ):  # fmt: skip
     """dloss () or a number a row or None, dlse a number a row or None, and what forward took and gave.
 
     `total` is given for a mean. Returns dx and the probabilities' gradient, both as x, or None. One launch.
+    Where x has some of the classes, from `first` on, target and weight are of all classes. into: what dx is written to;
+    x itself if its rows are of neighbours, since then whoever writes an element has read it.
     """
-    dx = x.new_empty(x.shape) if want_dx else None
+    dx = (x.new_empty(x.shape) if into is None else into) if want_dx else None
     dtarget = x.new_empty(x.shape) if want_dtarget else None
     if x.numel() == 0 or not (want_dx or want_dtarget):
         return dx, dtarget
@@ -145,6 +155,7 @@ def backward(
     A, C, B = x.shape
     rows, lanes = gradient_block(C, after)
     probabilities = target.is_floating_point()
+    weight = weight if weight is None or first is None else weight[first : first + C]
     target, target_strides = target_of(target, A, B)
     (dloss, dloss_strides), (dlse, dlse_strides), (sample_weight, sample_strides) = (
         by_row(t, A, B) for t in (dloss, dlse, sample_weight)
@@ -156,7 +167,7 @@ def backward(
         *dloss_strides, *dlse_strides, *row_strides(x), *target_strides,
         0 if weight is None else weight.stride(0), *sample_strides,
         *row_strides(gradient),
-        ignore_index, numbers_of(x.dtype, smoothing, z_loss, softcap),
+        ignore_index, first, classes, numbers_of(x.dtype, smoothing, z_loss, softcap),
         PROBABILITIES=probabilities,
         ALIGNED=alignment(x, gradient, *[target] * probabilities), ROWS=rows, LANES=lanes,
         num_warps=4,

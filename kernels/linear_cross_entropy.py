@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .class_rows import capped, numbers_of
+from .class_rows import capped, numbers_of, of_all_tiles
 from .launch import by_triton, launch
 from .linear import GROUP_M, as_offsets, described
 from .metadata import product_flops, told
@@ -228,9 +228,7 @@ def _combine_kernel(
     for block in range(tl.program_id(0), blocks_of(M, ROWS), tl.num_programs(0)):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = rows < M
-        m, s, kx_sum, k_sum = _of_all_tiles(
-            partial_ptr, rows, mask, M, tiles, plane, smoothing is not None, ROWS, TILES
-        )
+        m, s, kx_sum, k_sum = of_all_tiles(partial_ptr, rows, mask, M, tiles, plane, smoothing is not None, ROWS, TILES)
         base = finite_or_0(m)
         log_s = tl.log(s)
         target = tl.load(target_ptr + rows * stride_target, mask=mask, other=ignore_index)
@@ -260,34 +258,6 @@ def _combine_kernel(
 
     if sums_ptr is not None:
         store_reduced(loss_sum, weight_sum, sums_ptr, ticket_ptr, loss_ptr, total_ptr, MEAN, MAX_PROGRAMS)
-
-
-@triton.jit
-def _of_all_tiles(
-    partial_ptr, rows, mask, M, tiles, plane, SPREAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
-):
-    """Of each row of logits: maximum m and Σ exp(x - m); SPREAD, also Σ k (x - m) and Σ k. Read once, (TILES, ROWS)."""
-    m = tl.full((ROWS,), -float("inf"), partial_ptr.dtype.element_ty)
-    s = tl.zeros_like(m)
-    kx_sum = tl.zeros_like(m)
-    k_sum = tl.zeros_like(m)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        here = (tile < tiles)[:, None] & mask[None, :]
-        ptrs = partial_ptr + tile[:, None] * tl.cast(M, tl.int64) + rows[None, :]
-        tile_m = tl.load(ptrs, mask=here, other=-float("inf"))
-        tile_s = tl.load(ptrs + plane, mask=here, other=0.0)
-        larger = tl.maximum(m, tl.max(tile_m, 0))
-        base = finite_or_0(larger)
-        tile_base = finite_or_0(tile_m) - base[None, :]
-        shift = finite_or_0(m) - base
-        if SPREAD:
-            tile_k = tl.load(ptrs + 3 * plane, mask=here, other=0.0)
-            kx_sum += shift * k_sum + tl.sum(tl.load(ptrs + 2 * plane, mask=here, other=0.0) + tile_base * tile_k, 0)
-            k_sum += tl.sum(tile_k, 0)
-        s = s * tl.exp2((m - base) * LOG2_E) + tl.sum(tile_s * tl.exp2((tile_m - base[None, :]) * LOG2_E), 0)
-        m = larger
-    return m, s, kx_sum, k_sum
 
 
 def forward(x, w, b, target, weight, sample_weight, ignore_index, reduction, smoothing, z_loss, softcap, config):

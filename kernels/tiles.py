@@ -235,6 +235,7 @@ def store_reduced(
         total = tl.sum(tl.where(which == 1, sums, 0.0), 0)
         loss = tl.sum(tl.where(which == 0, sums, 0.0), 0)
         if MEAN:
+            total = tl.where(total == 0, float("nan"), total)  # smoothed, the loss of classes of weight 0 is not 0
             loss = loss / total
         tl.store(loss_ptr, narrow(loss, loss_ptr.dtype.element_ty))
         tl.store(total_ptr, total)

@@ -17,6 +17,7 @@ import fusedact
 from fusedact import backend, nn
 from fusedact import functional as F
 from fusedact.activations import ACTIVATIONS
+from fusedact.distributed import vocab_parallel_cross_entropy
 from fusedact.tuning.records import REFERENCE_CHIPS
 
 SHARED_MEMORY = 227 * 1024
@@ -115,6 +116,12 @@ def images(options, function=F.cross_entropy, probabilities=False):
     return functools.partial(loss, function, shape, target, weight=torch.ones(21), **options)
 
 
+def slices(x, _, **options):
+    """As one process launches that has all classes."""
+    target = torch.zeros((len(x), *x.shape[2:]), dtype=torch.int64)
+    return vocab_parallel_cross_entropy(x, target, **options)
+
+
 def bce(shape, dtype=torch.float32, function=F.binary_cross_entropy_with_logits, **options):
     """A weight or pos_weight is given by its shape."""
     target = torch.zeros(shape, dtype=dtype, requires_grad=dtype == torch.float64)
@@ -176,6 +183,21 @@ CASES = {
     "float64 classes, smoothed": cross_entropy(3, 20, torch.float64, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
     "wide classes, smoothed": cross_entropy(2, 40_000, label_smoothing=0.1, softcap=30.0),
     "classes of pixels": images({"label_smoothing": 0.1, "reduction": "none"}),
+    "a slice of the classes": functools.partial(loss, slices, (64, 1000), None, torch.bfloat16),
+    "a slice of the classes, everything": functools.partial(
+        loss,
+        slices,
+        (3, 20),
+        None,
+        torch.float64,
+        label_smoothing=0.1,
+        z_loss=1e-4,
+        softcap=30.0,
+        weight=torch.ones(20, dtype=torch.float64),
+        sample_weight=torch.ones(3),
+        reduction="none",
+    ),
+    "a slice of the classes of pixels": functools.partial(loss, slices, (2, 21, 40, 50), None, reduction="sum"),
     "classes of pixels, sample weights": images({"sample_weight": torch.ones(2, 40, 50), "z_loss": 1e-4}),
     "class probabilities": images({"label_smoothing": 0.1}, probabilities=True),
     "classes, nll": images({}, F.nll_loss),

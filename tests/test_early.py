@@ -142,6 +142,15 @@ def test_no_gradient_is_made_where_none_is_wanted(device, launches):
     assert torch.equal(loss, F.cross_entropy(x.detach(), target))
 
 
+def test_a_mean_of_rows_without_weight(device):
+    """NaN, as its gradients: smoothed, the loss of classes of weight 0 is not 0."""
+    x, target = torch.rand(3, 4, device=device, requires_grad=True), torch.tensor([0, 0, -100], device=device)
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0], device=device)
+    loss = F.cross_entropy(x, target, weight, label_smoothing=0.1, grad_in_forward=True)
+    (dx,) = torch.autograd.grad(loss, x)
+    assert loss.isnan() and dx[:2].isnan().all() and not dx[2].any()
+
+
 def test_all_ignored(device):
     x, target, _ = inputs((6, 4), torch.float32, device)
     loss, dx = with_gradient(early, x, torch.full_like(target, -100))

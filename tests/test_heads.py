@@ -37,6 +37,16 @@ def test_autocast_is_a_cast_of_what_is_given(backend, device):
     assert whole.dtype == F32 and not torch.equal(whole.bfloat16(), cast)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast_leaves_the_sums_of_smoothing_in_float32(backend, device):
+    x, w, target = head(device)
+    options = {"label_smoothing": 0.3, "weight": torch.linspace(0.5, 1.5, 7, device=device)}
+    with fusedact.use_backend(backend), torch.autocast(device, BF16):
+        ours = F.linear_cross_entropy(x.requires_grad_(), w, target, options=ROWS, **options)
+    logits = stock.linear(x.bfloat16(), w.bfloat16())
+    torch.testing.assert_close(ours, stock.cross_entropy(logits.float(), target, **options), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "of_weight", "autocast", "expected"),
     [

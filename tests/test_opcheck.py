@@ -51,6 +51,13 @@ def probabilities_sample(device):
     )  # fmt: skip
 
 
+def slice_sample(device):
+    x, weight = torch.randn(6, 4, device=device, requires_grad=True), torch.rand(4, device=device)
+    target = torch.randint(0, 4, (6,), device=device)
+    options = -100, "mean", 0.1, 1e-2, 5.0, True, "", 0, 4
+    return torch.ops.fusedact.vocab_parallel_cross_entropy.default, (x, target, weight, None, *options, True)
+
+
 def nll_sample(device):
     logp = torch.randn(6, 4, 3, device=device, requires_grad=True)
     target = torch.randint(0, 4, (6, 3), device=device)
@@ -82,6 +89,7 @@ SAMPLES = {
     **{f"{name}, gated": gated_sample(name) for name in ("silu", "elu")},
     "cross_entropy": cross_entropy_sample,
     "probabilities": probabilities_sample,
+    "vocab_parallel_cross_entropy": slice_sample,
     "nll_loss": nll_sample,
     "bce_with_logits": binary_sample("bce_with_logits", "mean"),
     "binary_cross_entropy": binary_sample("binary_cross_entropy", "none"),

@@ -40,10 +40,20 @@ from triton.runtime import JITFunction
 import fusedact
 from fusedact import backend, kernels
 from fusedact import functional as F
-from fusedact.kernels import bce, bias_activation, cross_entropy, elementwise, gated, multilabel, nll, softmax
+from fusedact.kernels import (
+    bce,
+    bias_activation,
+    class_shards,
+    cross_entropy,
+    elementwise,
+    gated,
+    multilabel,
+    nll,
+    softmax,
+)
 from fusedact.kernels import launch as warm
 
-OPS = (bce, bias_activation, cross_entropy, elementwise, gated, multilabel, nll, softmax)
+OPS = (bce, bias_activation, class_shards, cross_entropy, elementwise, gated, multilabel, nll, softmax)
 DRY_LAUNCH = Path(__file__).with_name("dry_launch.py")
 SCALE = tl.constexpr(3)
 GIVEN: list[tuple] = []  # of each launch

@@ -145,7 +145,8 @@ def cross_entropy_formula(
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
-        loss = loss / divisor.sum()
+        total = divisor.sum()
+        loss = loss / total.masked_fill(total == 0, torch.nan)
     loss = loss.to(logits.dtype)
     return (loss, x.logsumexp(dim)) if return_lse else loss
 

@@ -24,8 +24,9 @@ class EarlyOp:
     """A loss: its arguments are `tensors` tensors (or None), then options that a schema can carry.
 
     The first `learned` of the tensors may want gradients. launch(*args, wanted) gives the loss and a gradient for each:
-    None where it is not wanted, and for all of them where `late_only(tensors, options)`. There late(dloss, *args,
-    wanted) gives the gradients for that dloss. `composite(*args)` is the loss in torch's own operations.
+    None where it is not wanted, and for all of them where `late_only(tensors, options)`. There late(dloss, *kept,
+    *args, wanted) gives the gradients for that dloss; `kept` is how many tensors, the last of what launch gives, it
+    then finds again. `composite(*args)` is the loss in torch's own operations.
 
     schema names the arguments before `wanted`. A registered op gives an empty tensor for each None.
     """
@@ -39,11 +40,12 @@ class EarlyOp:
     composite: Callable[..., Tensor]
     late: Callable[..., tuple[Tensor | None, ...]] | None = None
     late_only: Callable[[Sequence, tuple], bool] = lambda tensors, options: False
+    kept: int = 0
 
     def register(self) -> Callable[..., Tensor]:
         """Register the op and its late gradients with torch; return the function that goes through the doors."""
         gradients = ", ".join(["Tensor"] * self.learned)
-        schema = f"({self.schema}, bool[] wanted) -> (Tensor, {gradients})"
+        schema = f"({self.schema}, bool[] wanted) -> (Tensor, {gradients}{', Tensor' * self.kept})"
         of_forward = partial(kind_of, self.name)
         launch_or_formula = guarded(self.launch, self._outputs_by_formula, lambda *args: of_forward(args[:-1]))
         late = self._guarded_late(self.late) if self.late else None
@@ -85,27 +87,28 @@ class EarlyOp:
         outputs: Any = self.fake(*given)
         loss = self.composite(*args)
         outputs[0].copy_(loss)
-        if any(output is not None for output in outputs[1:]):
+        if any(output is not None for output in outputs[1 : 1 + self.learned]):
             tensors, options = args[: self.tensors], args[self.tensors :]
             grads: Any = self._differentiated(tensors, options, wanted, torch.ones_like(loss))
-            for output, grad in zip(outputs[1:], grads, strict=True):
+            for output, grad in zip(outputs[1 : 1 + self.learned], grads, strict=True):
                 if output is not None:
                     output.copy_(grad)
         return outputs
 
     def _guarded_late(self, late: Callable[..., Any]) -> Callable[..., Any]:
         def formula(dloss: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
-            args, wanted = given[:-1], given[-1]
+            args, wanted = given[self.kept : -1], given[-1]
             return self._differentiated(args[: self.tensors], args[self.tensors :], wanted, dloss)
 
         return guarded(late, formula, lambda *args: kind_of(f"{self.name}_late", args[:-1]))
 
     def _late_op(self, late: Callable, gradients: str) -> Callable:
-        schema = f"(Tensor dloss, {self.schema}, bool[] wanted) -> ({gradients})"
+        kept = "".join(f"Tensor kept{i}, " for i in range(self.kept))
+        schema = f"(Tensor dloss, {kept}{self.schema}, bool[] wanted) -> ({gradients})"
         return define(f"{self.name}_late", schema, late, self._late_fake)
 
     def _late_fake(self, dloss: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        likes = zip(args[: self.learned], args[-1], strict=True)
+        likes = zip(args[self.kept : self.kept + self.learned], args[-1], strict=True)
         return tuple(t.new_empty(t.shape) if want else None for t, want in likes)
 
     def _function(
@@ -113,25 +116,29 @@ class EarlyOp:
     ) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Tensor:
             wanted = list(ctx.needs_input_grad[: self.learned])
-            loss, *ctx.gradients = (named if backend.profiling() else self.launch)(*args, wanted)
+            loss, *outputs = (named if backend.profiling() else self.launch)(*args, wanted)
+            ctx.gradients, kept = outputs[: self.learned], outputs[self.learned :]
             ctx.options = args[self.tensors :]
-            ctx.save_for_backward(*args[: self.tensors])
+            ctx.save_for_backward(*args[: self.tensors], *kept)
             ctx.set_materialize_grads(False)
             return loss
 
-        def gradients(ctx: Any, dloss: Tensor, tensors: tuple, options: tuple, wanted: list[bool]) -> tuple:
+        def gradients(
+            ctx: Any, dloss: Tensor, tensors: tuple, kept: tuple, options: tuple, wanted: list[bool]
+        ) -> tuple:
             if late is not None and self.late_only(tensors, options):
-                return tuple(late(dloss, *tensors, *options, wanted))
+                return tuple(late(dloss, *kept, *tensors, *options, wanted))
             held = ctx.__dict__.pop("gradients", None)  # one step: of two threads one takes them
             if held is None:
-                held = launch(*tensors, *options, wanted)[1:]
+                held = launch(*tensors, *options, wanted)[1 : 1 + self.learned]
             _multiply(held, dloss)
             return tuple(held)
 
         named_gradients = backend.named(f"fusedact::{self.name}_backward", gradients)
 
         def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-            tensors, options = ctx.saved_tensors, ctx.options
+            saved, options = ctx.saved_tensors, ctx.options
+            tensors, kept = saved[: self.tensors], saved[self.tensors :]
             wanted = list(ctx.needs_input_grad[: self.learned])
             others = (None,) * (self.tensors - self.learned + len(options))
             if dloss is None:
@@ -140,7 +147,7 @@ class EarlyOp:
             if self._must_be_differentiable(dloss):
                 return self._differentiated(tensors, options, wanted, dloss) + others
             run = named_gradients if backend.profiling() else gradients
-            return run(ctx, dloss, tensors, options, wanted) + others
+            return run(ctx, dloss, tensors, kept, options, wanted) + others
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name.title().replace("_", ""), (torch.autograd.Function,), methods)
@@ -162,12 +169,13 @@ class EarlyOp:
         ctx.save_for_backward(*args[: self.tensors], *output[1:])
 
     def _registered_gradients(self, ctx: Any, dloss: Tensor, late_op: Callable | None) -> tuple[Tensor | None, ...]:
-        tensors, gradients = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
+        tensors, outputs = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
+        gradients, kept = outputs[: self.learned], outputs[self.learned :]
         others = (None,) * (self.tensors - self.learned + len(ctx.options))
         if self._must_be_differentiable(dloss):
             return self._differentiated(tensors, ctx.options, ctx.wanted, dloss) + others
         if late_op is not None and self.late_only(tensors, ctx.options):
-            gradients = late_op(dloss, *tensors, *ctx.options, ctx.wanted)
+            gradients = late_op(dloss, *kept, *tensors, *ctx.options, ctx.wanted)
         else:
             gradients = [(g.to(backend.wide(g.dtype)) * dloss).to(g.dtype) for g in gradients]
         return tuple(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)) + others

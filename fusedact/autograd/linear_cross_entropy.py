@@ -21,14 +21,18 @@ LEAST_ROWS = {"cuda": 2048, "cpu": 1}  # whatever their bytes: fewer would leave
 WHOLE_ROWS = 128  # of which a chunk is a multiple
 
 
-def chunk_rows(x: Tensor, classes: int, asked: int) -> int:
-    """Rows whose logits are alive at once: as many as are asked for, else equal chunks within the device's bytes."""
+def chunk_rows(x: Tensor, classes: int, asked: int, alive: int = 1) -> int:
+    """Rows of a chunk: as many as are asked for, else by rule."""
     if asked or not len(x):
         return asked or 1
-    kind = "cuda" if x.is_cuda else "cpu"
-    most = max(LEAST_ROWS[kind], CHUNK_BYTES[kind] // (classes * x.element_size()))
-    rows = -(-len(x) // -(-len(x) // most))
-    return min(most, -(-rows // WHOLE_ROWS) * WHOLE_ROWS)
+    return rows_by_rule(len(x), classes, x.element_size(), "cuda" if x.is_cuda else "cpu", alive)
+
+
+def rows_by_rule(rows: int, classes: int, itemsize: int, kind: str, alive: int = 1) -> int:
+    """Of a chunk, where chunks are equal and `alive` of them within the device's bytes."""
+    most = max(LEAST_ROWS[kind], CHUNK_BYTES[kind] // (alive * classes * itemsize))
+    equal = -(-rows // -(-rows // most))
+    return min(most, -(-equal // WHOLE_ROWS) * WHOLE_ROWS)
 
 
 def measured_chunk(x: Tensor, linear_weight: Tensor) -> int | None:
@@ -58,19 +62,19 @@ def _launch(
 ) -> tuple[Tensor | None, ...]:
     tensors = x, linear_weight, linear_bias, target, weight, sample_weight
     numbers = label_smoothing, z_loss, softcap
-    if _late_only(tensors, (ignore_index, reduction)):
+    if late_only(tensors, (ignore_index, reduction)):
         wanted = [False] * 3
     if not any(wanted) and kernels and backend.uses_triton(x) and not target.is_floating_point():
         return _without_logits(*tensors, ignore_index, reduction, *numbers), None, None, None
     total: Tensor | None = None
     if reduction == "mean":
-        total = _total(target, weight, sample_weight, ignore_index, backend.wide(x.dtype))
+        total = mean_divisor(target, weight, sample_weight, ignore_index, backend.wide(x.dtype))
     losses, *gradients = _by_chunks(kernels, *tensors, total, ignore_index, *numbers, chunk, wanted)
     loss = losses if reduction == "none" else losses.sum()
     return loss if total is None else loss / total.view(()), *gradients
 
 
-def _late_only(tensors, options):
+def late_only(tensors, options):
     """Whether gradients wait for dloss: it has a number for each row; or it alone keeps sums of float16 in range."""
     return options[1] == "none" or tensors[0].dtype == torch.float16
 
@@ -78,20 +82,41 @@ def _late_only(tensors, options):
 def _late(kernels, dloss, x, linear_weight, linear_bias, target, weight, sample_weight, ignore_index, *others):
     """The gradients for that dloss, which multiplies a row's loss as its sample weight does."""
     reduction, *numbers = others
-    dlosses = dloss.to(backend.wide(x.dtype)).expand(len(x))
-    if reduction == "mean":
-        dlosses = dlosses / _total(target, weight, sample_weight, ignore_index, dlosses.dtype)
-        if not target.is_floating_point():
-            dlosses = dlosses.masked_fill(target == ignore_index, 0)  # where no row counts it is inf
-    dlosses = dlosses.contiguous() if sample_weight is None else dlosses * sample_weight
+    dlosses = dloss_of_rows(dloss, x, target, weight, sample_weight, ignore_index, reduction)
     rows = target, weight, dlosses, None, ignore_index
     return _by_chunks(kernels, x, linear_weight, linear_bias, *rows, *numbers)[1:]
 
 
-def _total(
+def dloss_of_rows(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """What multiplies each row's loss, (M,): dloss, over what a mean divides by, times the row's sample weight."""
+    dlosses = dloss.to(backend.wide(x.dtype)).expand(len(x))
+    if reduction == "mean":
+        dlosses = dlosses / mean_divisor(target, weight, sample_weight, ignore_index, dlosses.dtype)
+        if not target.is_floating_point():
+            dlosses = dlosses.masked_fill(target == ignore_index, 0)  # where no row counts it is NaN
+    return dlosses.contiguous() if sample_weight is None else dlosses * sample_weight
+
+
+def mean_divisor(
     target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """What a mean divides by, (1,): the sum of the weights of the rows that count."""
+    """total_weight, NaN where it is 0: smoothed, the loss of classes of weight 0 is not 0, and has no mean."""
+    total = total_weight(target, weight, sample_weight, ignore_index, dtype)
+    return total.masked_fill(total == 0, torch.nan)
+
+
+def total_weight(
+    target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """(1,), the sum of the weights of the rows that count."""
     rows = target.new_ones(len(target), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     if not target.is_floating_point():
         if weight is not None:  # of a class out of range no weight is read; its loss is NaN
@@ -141,9 +166,9 @@ def _by_chunks(
         else:
             z = _gradient_by_torch(F.linear(x[part], linear_weight, linear_bias), *of_rows, *numbers, any(wanted))
         if dx is not None:
-            _multiply("dx", z, linear_weight, dx[part], on_triton, first=True)
+            multiply("dx", z, linear_weight, dx[part], on_triton, first=True)
         if dw is not None:
-            _multiply("dw", z.t(), x[part], dw, on_triton, first=first == 0)
+            multiply("dw", z.t(), x[part], dw, on_triton, first=first == 0)
         if db is not None:
             db += z.sum(0, dtype=dtype)
         del z  # so that the next chunk's takes its memory
@@ -177,7 +202,7 @@ def _gradient_by_torch(z, target, weight, sample_weight, losses, total, ignore_i
         return None
     dloss = torch.ones_like(loss) if total is None else (1 / total).expand_as(loss)
     if not target.is_floating_point():
-        dloss = dloss.masked_fill(target == ignore_index, 0)  # where no row counts, 1 / total is inf
+        dloss = dloss.masked_fill(target == ignore_index, 0)  # where no row counts, total is NaN
     return torch.autograd.grad(loss, z, dloss)[0]
 
 
@@ -189,7 +214,9 @@ def _gradient_of_classes(logits, target, weight, sample_weight, losses, total, i
     w_target, share = weight[target[:, 0]], smoothing / z.shape[1]
     m = z.amax(1, keepdim=True)
     z -= m
-    loss, kz = -w_target * z.gather(1, target)[:, 0], z @ weight if smoothing else None
+    loss, kz = -w_target * z.gather(1, target)[:, 0], None
+    if smoothing:
+        kz = torch.mv(z, weight, out=z.new_empty(len(z)))  # not z @ weight, which autocast has in low precision
     s = z.exp_().sum(1)
     log_s, k_sum = s.log(), w_target
     loss += log_s * w_target
@@ -209,7 +236,7 @@ def _gradient_of_classes(logits, target, weight, sample_weight, losses, total, i
     return z.to(logits.dtype)
 
 
-def _multiply(task: str, a: Tensor, b: Tensor, into: Tensor, on_triton: bool, first: bool) -> None:
+def multiply(task: str, a: Tensor, b: Tensor, into: Tensor, on_triton: bool, first: bool) -> None:
     """into += a b, or a b in the place of what it held, in its own dtype."""
     beta = 0 if first else 1
     if a.dtype == into.dtype:
@@ -241,7 +268,7 @@ def _formula(x, linear_weight, linear_bias, *tensors_and_options):
 
 def _fake(x, linear_weight, linear_bias, *others):
     *_, reduction, _, _, _, _, wanted = others
-    early = not _late_only((x,), (None, reduction))
+    early = not late_only((x,), (None, reduction))
     likes = zip((x, linear_weight, linear_bias), wanted, strict=True)
     return (
         x.new_empty(len(x) if reduction == "none" else (), dtype=backend.wide(x.dtype)),
@@ -269,5 +296,5 @@ linear_cross_entropy = EarlyOp(
     fake=_fake,
     late=_by_torch_at_need(_late),
     composite=_formula,
-    late_only=_late_only,
+    late_only=late_only,
 ).register()
