@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedact import activations, autograd, backend
 from fusedact.activations import Activation, by_name, lines_of
 from fusedact.backend import get_backend
-from fusedact.functional import checks
+from fusedact.functional import checks, sharded
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -36,6 +36,11 @@ def activate(input: Tensor, activation: str, *, slope: Tensor | None = None, **p
     values = act.parameters(parameters)
     if act.learned != (slope is not None):
         raise TypeError(f"activation {act.name!r} takes {'a' if act.learned else 'no'} slope= tensor")
+    return activate_with(act, input, values, slope)
+
+
+def activate_with(act: Activation, input: Tensor, values: tuple[float, ...], slope: Tensor | None) -> Tensor:
+    """act(input) in one launch, or by torch's function."""
     y = _fused(act, input, values, slope)
     if y is not None:
         return y
@@ -44,6 +49,8 @@ def activate(input: Tensor, activation: str, *, slope: Tensor | None = None, **p
 
 def _fused(act: Activation, input: Tensor, values: tuple[float, ...], slope: Tensor | None) -> Tensor | None:
     """The activation in one launch, or None where torch's function is to answer."""
+    if backend.is_sharded(input):
+        return _sharded(act, input, values, slope)
     if not (_worth_a_launch(act, slope) and checks.on_triton(input, slope) and act.valid(*values)):
         return None
     low = backend.autocast_dtype(input)
@@ -52,6 +59,11 @@ def _fused(act: Activation, input: Tensor, values: tuple[float, ...], slope: Ten
     elif low is not None and not act.low_precision and input.is_cuda:  # not in a CPU's list
         input = checks.cast(input, torch.float32)
     return autograd.activation(input, slope, act.name, values) if _fits(input, slope) else None
+
+
+def _sharded(act: Activation, input: Tensor, values: tuple[float, ...], slope: Tensor | None) -> Tensor | None:
+    y = sharded.activation(lambda x, a: activate_with(act, x, values, a), input, slope)
+    return None if y is NotImplemented else y
 
 
 def _worth_a_launch(act: Activation, slope: Tensor | None) -> bool:
@@ -82,6 +94,8 @@ def _ours(stock: _Function) -> _Function:
 
     def function(input: Any, *args: Any, **kwargs: Any) -> Tensor:
         chosen = get_backend() == "triton" or (alone and isinstance(input, Tensor) and input.is_cuda)
+        if not chosen:
+            chosen = backend.is_sharded(input)  # torch has no sharded backward for some
         if chosen and (len(args), *sorted(kwargs)) in calls:  # where not, torch's function tells what is wrong
             y = _called(lines, **dict(zip(positional, (input, *args), strict=False), **kwargs))
             if y is not None:

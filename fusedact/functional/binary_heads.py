@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
+from fusedact.functional import sharded
 from fusedact.functional.binary_losses import as_float32, binary_cross_entropy_with_logits, fits
 from fusedact.functional.checks import on_triton, refuse_meta
 
@@ -39,9 +40,19 @@ def linear_binary_cross_entropy_with_logits(
             dtype = torch.float32
         if _head_fits(input, w, b, t, dtype) and fits(t, t, reduction, factor, positive):
             return autograd.linear_bce(input, w, b, t, factor, positive, reduction)
+    elif given and backend.is_sharded(input):
+        tensors = input, linear_weight, linear_bias, target, weight, pos_weight
+        loss = sharded.linear_binary_loss(_of_parts, tensors, reduction)
+        if loss is not NotImplemented:
+            return loss
     refuse_meta(input, linear_weight)
     z = F.linear(input, linear_weight, linear_bias)
     return binary_cross_entropy_with_logits(z, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def _of_parts(x, linear_weight, linear_bias, target, weight, pos_weight, reduction) -> Tensor:
+    options = {"weight": weight, "reduction": reduction, "pos_weight": pos_weight}
+    return linear_binary_cross_entropy_with_logits(x, linear_weight, target, linear_bias=linear_bias, **options)
 
 
 def _head_fits(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, dtype: torch.dtype) -> bool:

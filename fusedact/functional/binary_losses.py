@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
+from fusedact.functional import sharded
 from fusedact.functional.checks import REDUCTIONS, cast, on_triton, resolved_reduction
 
 
@@ -31,6 +32,10 @@ def binary_cross_entropy_with_logits(
             input, target, weight, pos_weight = as_float32(input, target, weight, pos_weight)
         if fits(input, target, reduction, weight, pos_weight):
             return autograd.bce_with_logits(input, target, weight, pos_weight, reduction)
+    elif target is not None and backend.is_sharded(input):
+        loss = sharded.binary_loss(_with_logits, (input, target, weight, pos_weight), reduction)
+        if loss is not NotImplemented:
+            return loss
     return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
 
 
@@ -61,6 +66,10 @@ def binary_cross_entropy(
             if backend.looks_at_values(input):
                 _check_probabilities(input=input, target=target)
             return autograd.binary_cross_entropy(input, target, weight, None, reduction)
+    elif target is not None and backend.is_sharded(input):
+        loss = sharded.binary_loss(_of_probabilities, (input, target, weight), reduction)
+        if loss is not NotImplemented:
+            return loss
     return F.binary_cross_entropy(input, target, weight, reduction=reduction)
 
 
@@ -85,7 +94,23 @@ def multilabel_soft_margin_loss(
             input, target, weight = as_float32(input, target, weight)
         if input.dim() and input.shape[-1] and fits(input, target, reduction, weight, integers=True):
             return autograd.multilabel_soft_margin(input, target, weight, None, reduction)
+    elif target is not None and backend.is_sharded(input):
+        loss = sharded.binary_loss(_of_labels, (input, target, weight), reduction, of_rows=True)
+        if loss is not NotImplemented:
+            return loss
     return F.multilabel_soft_margin_loss(input, target, weight, reduction=reduction)
+
+
+def _with_logits(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
+    return binary_cross_entropy_with_logits(x, t, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def _of_probabilities(x: Tensor, t: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    return binary_cross_entropy(x, t, weight, reduction=reduction)
+
+
+def _of_labels(x: Tensor, t: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    return multilabel_soft_margin_loss(x, t, weight, reduction=reduction)
 
 
 def as_float32(*tensors: Tensor | None) -> list:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedact import autograd, backend
+from fusedact.activations import Activation
+from fusedact.functional import sharded
 from fusedact.functional.checks import cast, on_triton, refuse_meta, resolved
 
 Numbers = int | Sequence[int]  # one for all dimensions, or one for each
@@ -189,7 +191,19 @@ def _convolution(
     if isinstance(found, nn.Module):
         refuse_meta(input, weight, bias)
         return found(kind.stock(input, weight, bias, *options))
-    act, values, slope = found
+    return _convolution_act(kind, input, weight, bias, options, *found)
+
+
+def _convolution_act(
+    kind: _Kind,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+    act: Activation,
+    values: tuple[float, ...],
+    slope: Tensor | None,
+) -> Tensor:
     fused = weight is not None and on_triton(input, weight, bias, slope)
     low = backend.autocast_dtype(input) if fused else None
     if low is not None:
@@ -200,9 +214,27 @@ def _convolution(
         geometry = _geometry(kind, weight, options)
         if geometry is not None and _fits(kind, input, weight, bias, slope, geometry.groups):
             return autograd.convolution_act(input, weight, bias, slope, *geometry, act.name, values)
+    if weight is not None and backend.is_sharded(input):
+        y = _sharded(kind, (input, weight, bias, slope), options, act, values)
+        if y is not NotImplemented:
+            return y
     refuse_meta(input, weight, bias)
     z = kind.stock(input, weight, bias, *options)
     return act.reference(z, *values) if slope is None else act.reference(z, slope)
+
+
+def _sharded(
+    kind: _Kind,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
+    act: Activation,
+    values: tuple[float, ...],
+) -> Tensor:
+    def run(x: Tensor, w: Tensor, b: Tensor | None, a: Tensor | None) -> Tensor:
+        return _convolution_act(kind, x, w, b, options, act, values, a)
+
+    groups = options[3]  # of either kind
+    return sharded.convolution(run, tensors, kind.dims, kind.transposed, groups)
 
 
 class _Geometry(NamedTuple):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fusedact import autograd, backend
 from fusedact.activations import Activation, lines_of
+from fusedact.functional import sharded
 from fusedact.functional.checks import on_triton, resolved
 
 _USUAL = lines_of(F.silu)[None].name
@@ -37,6 +38,10 @@ def gated(
         return act.reference(gate, learned) * up
     if up is not None and on_triton(gate, up) and _fits(gate, up, act, values):
         return autograd.gated(gate, up, act.name, values)
+    if backend.is_sharded(gate):
+        y = sharded.gated(lambda gate, up: gated(gate, up, activation, slope=None, **parameters), gate, up)
+        if y is not NotImplemented:
+            return y
     return act.reference(gate, *values) * up
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
+from fusedact.functional import sharded
 from fusedact.functional.checks import PLAIN, STRIDED, cast, checked_reduction, on_triton, refuse_meta
 from fusedact.functional.losses import check_classes, check_extensions, cross_entropy, smooths, wants_gradient
 
@@ -56,10 +57,17 @@ def linear_cross_entropy(
     Raises torch.nn.functional.linear_cross_entropy's errors, whether this torch has it or not, and cross_entropy's.
     Source: torch.nn.functional.linear_cross_entropy.
     """
-    shape = _logits_shape(input, linear_weight, linear_bias)
+    shape = logits_shape(input, linear_weight, linear_bias)
     if target.shape == shape and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
+    if backend.is_sharded(input):
+        check_extensions(input, z_loss, softcap, sample_weight)
+        head = _Head(input, linear_weight, linear_bias, target, weight, sample_weight)
+        others = label_smoothing, options, z_loss, softcap
+        loss = _sharded(head, ignore_index, checked_reduction(None, None, reduction), *others)
+        if loss is not NotImplemented:
+            return loss
     if linear_weight.dim() == 2:
         check_extensions(input, z_loss, softcap, sample_weight)
         head = _Head(input, linear_weight, linear_bias, target, weight, sample_weight)
@@ -99,7 +107,7 @@ def linear_cross_entropy(
     )
 
 
-def _logits_shape(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[int, ...]:
+def logits_shape(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[int, ...]:
     """The shape of the logits; torch's errors where the layer has none."""
     if input.dim() not in (1, 2):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
@@ -127,6 +135,40 @@ def _whole_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         return F.linear(input, linear_weight, linear_bias)
     linear_bias = linear_bias if linear_bias is None else linear_bias.flatten()
     return F.linear(input, linear_weight.flatten(end_dim=-2), linear_bias).reshape(shape)
+
+
+def _sharded(
+    head: _Head,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    options: Any,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensor:
+    """The loss of DTensors."""
+    low = backend.autocast_dtype(head.input)
+
+    def run(x, linear_weight, linear_bias, target, weight, sample_weight, reduction) -> Tensor:
+        return linear_cross_entropy(
+            x, linear_weight, target,
+            linear_bias=linear_bias, weight=weight, reduction=reduction,
+            ignore_index=None if target.is_floating_point() else ignore_index, label_smoothing=label_smoothing,
+            options=options, z_loss=z_loss, softcap=softcap, sample_weight=sample_weight,
+        )  # fmt: skip
+
+    def of_slice(*args) -> Tensor:
+        *tensors, reduction, group, first, classes = args
+        part = _Head(*tensors)
+        chunk = getattr(options, "batch_chunk_size", None) or 0
+        numbers = float(label_smoothing), float(z_loss), float(softcap or 0.0), chunk
+        part = part if low is None else _autocast(part, low)
+        loss = _loss(part, ignore_index, reduction, *numbers, place=(group, first, classes))
+        return loss if low is not None else loss.to(head.input.dtype)
+
+    cast_head = head if low is None else _autocast(head, low)
+    fits = head.linear_weight.dim() == 2 and _fits(cast_head, ignore_index, label_smoothing, low is not None)
+    return sharded.linear_cross_entropy(run, of_slice if fits else None, head, ignore_index, reduction)
 
 
 def _autocast(head: _Head, low: torch.dtype) -> _Head:
@@ -172,15 +214,18 @@ def _fits(head: _Head, ignore_index: int, label_smoothing: float, autocast: bool
     return target.dtype == torch.int64 and target.shape == x.shape[:-1]
 
 
-def _loss(head: _Head, ignore_index: int, reduction: str, *others: Any) -> Tensor:
-    """The loss, in float32 or wider, of rows or of one."""
+def _loss(
+    head: _Head, ignore_index: int, reduction: str, *others: Any, place: tuple[str, int, int] | tuple[()] = ()
+) -> Tensor:
+    """The loss, in float32 or wider, of rows or of one; of a slice of classes whose place among all is given."""
     x, linear_weight, linear_bias, target, weight, sample_weight = head
     if not target.is_floating_point() and backend.looks_at_values(target):
-        check_classes(target, ignore_index, len(linear_weight))
+        check_classes(target, ignore_index, place[2] if place else len(linear_weight))
     single = x.dim() == 1
     if single:
         x, target = x[None], target[None]
         sample_weight = sample_weight if sample_weight is None else sample_weight[None]
     tensors = x, linear_weight, linear_bias, target, weight, sample_weight
-    loss = autograd.linear_cross_entropy(*tensors, ignore_index, reduction, *others)
+    op = autograd.vocab_parallel_linear_cross_entropy if place else autograd.linear_cross_entropy
+    loss = op(*tensors, ignore_index, reduction, *others, *place)
     return loss[0] if single and reduction == "none" else loss

@@ -1,6 +1,7 @@
 """The losses of a class among many."""
 
 import math
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
+from fusedact.functional import sharded
 from fusedact.functional.checks import STRIDED, cast, checked_reduction, class_dim, on_triton
 
 
@@ -57,7 +59,8 @@ def cross_entropy(
     gradient more where it is not (a scaled or averaged loss). Only a mean or a sum, without return_lse, not in float16.
 
     Raises torch.nn.functional.cross_entropy's errors, and ValueError for a z_loss that is not finite or negative, a
-    softcap that is not finite or not positive, and a sample_weight of another shape or not of real numbers. Source:
+    softcap that is not finite or not positive, and a sample_weight of another shape or not of real numbers. Of DTensors
+    whose classes are in shards there is no second derivative: RuntimeError for create_graph. Source:
     torch.nn.functional.cross_entropy.
     """
     tensors = isinstance(input, Tensor) and isinstance(target, Tensor)  # else torch names the one that is none
@@ -65,6 +68,13 @@ def cross_entropy(
     if extended:
         check_extensions(input, z_loss, softcap, sample_weight)
     fused = tensors and on_triton(input, target, weight, sample_weight)
+    if tensors and not fused and backend.is_sharded(input):
+        loss = _sharded(
+            (input, target, weight, sample_weight), ignore_index, checked_reduction(size_average, reduce, reduction),
+            label_smoothing, z_loss, softcap, return_lse, grad_in_forward,
+        )  # fmt: skip
+        if loss is not NotImplemented:
+            return loss
     if (fused or extended) and backend.autocast_dtype(input) is not None:
         input, target = cast(input, torch.float32), cast(target, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
@@ -80,6 +90,37 @@ def cross_entropy(
     if grad_in_forward and fused and reduction != "none" and not return_lse and _knows_its_gradient(input, target):
         return autograd.cross_entropy_early(input, target, weight, sample_weight, ignore_index, reduction, *options)
     return op(input, target, weight, sample_weight, ignore_index, reduction, *options, return_lse)
+
+
+def _sharded(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    return_lse: bool,
+    grad_in_forward: bool,
+) -> Any:
+    def run(x: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, reduction: str) -> Any:
+        return cross_entropy(
+            x, target, weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, sample_weight=sample_weight, return_lse=return_lse, grad_in_forward=grad_in_forward,
+        )  # fmt: skip
+
+    def of_slice(x, target, weight, sample_weight, reduction, group, first, classes) -> Any:
+        if backend.autocast_dtype(x) is not None:
+            x, weight = cast(x, torch.float32), weight if weight is None else cast(weight, torch.float32)
+        if backend.looks_at_values(target):
+            check_classes(target, ignore_index, classes)
+        options = float(label_smoothing), float(z_loss), float(softcap or 0.0), return_lse, group, first, classes
+        return autograd.vocab_parallel_cross_entropy(
+            x, target, weight, sample_weight, ignore_index, reduction, *options
+        )
+
+    fits = _class_loss_fits(*tensors[:3], ignore_index) and smooths(label_smoothing)
+    return sharded.cross_entropy(run, of_slice if fits else None, tensors, ignore_index, reduction)
 
 
 def nll_loss(
@@ -103,6 +144,12 @@ def nll_loss(
     if fused and backend.autocast_dtype(input) is not None:
         input = cast(input, torch.float32)
         weight = weight if weight is None else cast(weight, torch.float32)
+    elif target is not None and backend.is_sharded(input):
+        reduction = checked_reduction(size_average, reduce, reduction)
+        run = partial(_nll_of_rows, ignore_index)
+        loss = sharded.cross_entropy(run, None, (input, target, weight, None), ignore_index, reduction)
+        if loss is not NotImplemented:
+            return loss.to(input.dtype) if backend.autocast_dtype(input) is None else loss
     fused = fused and _class_loss_fits(input, target, weight, ignore_index) and not wants_gradient(weight)
     if not fused or target.is_floating_point():
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
@@ -110,6 +157,18 @@ def nll_loss(
     if backend.looks_at_values(target):
         check_classes(target, ignore_index, input.shape[class_dim(input)])
     return autograd.nll_loss(input, target, weight, ignore_index, reduction)
+
+
+def _nll_of_rows(
+    ignore_index: int, x: Tensor, target: Tensor, weight: Tensor | None, row_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """nll_loss; with numbers for the rows, their sum, in float32 or wider."""
+    if row_weights is None:
+        return nll_loss(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+    dtype = backend.wide(x.dtype)
+    weight = weight if weight is None else weight.to(dtype)
+    rows = nll_loss(x.to(dtype), target, weight, ignore_index=ignore_index, reduction="none")
+    return (rows * row_weights).sum()
 
 
 def check_extensions(input: Tensor, z_loss: float, softcap: float | None, sample_weight: Tensor | None) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fusedact import autograd, backend
 from fusedact.activations import Activation
+from fusedact.functional import sharded
+from fusedact.functional.activations import activate_with
 from fusedact.functional.checks import cast, on_triton, refuse_meta, resolved
 
 
@@ -180,7 +182,24 @@ def _linear_act(
         and not autograd.prefers_stock(input, weight)
     ):
         return autograd.linear_act(input, weight, bias, slope, act.name, values)
+    if backend.is_sharded(input) and weight is not None:
+        y = _sharded(input, weight, bias, act, values, slope)
+        if y is not NotImplemented:
+            return y
     return _stock_act(input, weight, bias, act, values, slope)
+
+
+def _sharded(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: Activation,
+    values: tuple[float, ...],
+    slope: Tensor | None,
+) -> Tensor:
+    if sharded.is_row_parallel(input, weight):
+        return activate_with(act, F.linear(input, *sharded.with_whole_gradients(weight, bias)), values, slope)
+    return sharded.linear(lambda x, w, b, a: _linear_act(x, w, b, act, values, a), input, weight, bias, slope)
 
 
 def _stock_act(

@@ -1,10 +1,13 @@
 """softmax, log-softmax and softmin."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedact import autograd, backend
+from fusedact.functional import sharded
 from fusedact.functional.checks import on_triton
 
 MOST_CLASSES = 2**31 - 2**16  # the kernels count them in steps, in 32 bits
@@ -20,6 +23,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     if on_triton(input):
         return _along("softmax", input, dim, _stacklevel + 1, dtype)
+    if backend.is_sharded(input) and type(dim) is int:
+        return _sharded(softmax, input, dim, dtype)
     return F.softmax(input, dim, _stacklevel + 1, dtype)
 
 
@@ -32,6 +37,8 @@ def log_softmax(
     """
     if on_triton(input):
         return _along("log_softmax", input, dim, _stacklevel + 1, dtype)
+    if backend.is_sharded(input) and type(dim) is int:
+        return _sharded(log_softmax, input, dim, dtype)
     return F.log_softmax(input, dim, _stacklevel + 1, dtype)
 
 
@@ -42,7 +49,17 @@ def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     if on_triton(input):
         return _along("softmin", input, dim, _stacklevel + 1, dtype)
+    if backend.is_sharded(input) and type(dim) is int:
+        return _sharded(softmin, input, dim, dtype)
     return F.softmin(input, dim, _stacklevel + 1, dtype)
+
+
+def _sharded(ours: Callable[..., Tensor], input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    if -input.dim() <= dim < input.dim():
+        y = sharded.softmax(lambda x: ours(x, dim, dtype=dtype), input, dim)
+        if y is not NotImplemented:
+            return y
+    return getattr(F, ours.__name__)(input, dim, dtype=dtype)
 
 
 def _along(kind: str, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None) -> Tensor:
