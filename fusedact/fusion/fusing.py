@@ -15,7 +15,7 @@ from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.losses import join
 from fusedact.fusion.nodes import describe, is_product
 from fusedact.fusion.programs import CUT, JOINED, Program, analysed, attach, detach
-from fusedact.fusion.reads import original
+from fusedact.fusion.reads import is_fused, original
 from fusedact.fusion.reporting import Report, positions
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import CONVOLUTIONS
@@ -100,13 +100,22 @@ def _check_model(caller: str, model: Any) -> None:
 def _renew(module: nn.Module, path: str) -> None:
     """Fuse what can be fused in the module's own forward as it is now; nothing, where it cannot be looked at."""
     try:
-        programs = _looked_at(module, path)[0] if type(module) is not fnn.Sequential else ()
+        programs = () if _fuses_itself(module) else _looked_at(module, path)[0]
         if programs:
             attach(module, programs)
     except Untraceable:
         programs = ()
-    if not programs and type(module) is not original(type(module)):
+    kind = type(module)
+    if programs or original(kind) is kind:
+        return
+    if is_fused(kind):
         detach(module)
+    else:  # under a class of fully_shard's
+        attach(module, ())
+
+
+def _fuses_itself(module: nn.Module) -> bool:
+    return original(type(module)).forward is fnn.Sequential.forward
 
 
 def _looked_at(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Site]]:
@@ -137,7 +146,7 @@ def _unfit(module: nn.Module) -> str | None:
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """The model's original classes, while this lasts."""
-    fused = {module: type(module) for module in model.modules() if type(module) is not original(type(module))}
+    fused = {module: type(module) for module in model.modules() if is_fused(type(module))}
     try:
         for module in fused:
             module.__class__ = original(type(module))
@@ -150,7 +159,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _has_forward(module: nn.Module) -> bool:
     """Whether its forward may hold a site: those of torch's own layers without children, and of lists, do not."""
     kind = original(type(module))
-    of_library = kind.__module__.startswith(("torch.nn.", "fusedact."))
+    own = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
+    of_library = own.__module__.startswith(("torch.nn.", "fusedact."))
     return kind not in _CONTAINERS and (not of_library or next(module.children(), None) is not None)
 
 
@@ -177,7 +187,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 def _fused_parts(module: nn.Module, path: str) -> set[Any] | None:
     """What stands fused in a module's programs; None where it fuses by itself."""
-    if original(type(module)) is fnn.Sequential:
+    if _fuses_itself(module):
         return None
     return {_relative(site, site.module) for program in vars(module).get("_fusedact", ()) for site in program.sites}
 

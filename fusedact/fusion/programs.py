@@ -15,7 +15,7 @@ from fusedact import backend
 from fusedact.fusion import sites
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import cut
-from fusedact.fusion.reads import Read, original
+from fusedact.fusion.reads import Read, is_fused, original
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import Trace, trace
 from fusedact.nn.container import Sequential
@@ -101,7 +101,7 @@ def _analysed(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[S
 def forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward to trace: torch's own of our Sequential, which does the same."""
     kind = original(kind)
-    return nn.Sequential.forward if kind is Sequential else kind.forward
+    return nn.Sequential.forward if kind.forward is Sequential.forward else kind.forward
 
 
 def _compiled(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
@@ -110,17 +110,21 @@ def _compiled(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
 
 
 def attach(module: nn.Module, programs: tuple[Program, ...]) -> None:
-    module.__class__ = _fused_class(original(type(module)))  # type: ignore[arg-type]
+    kind = type(module)
+    if original(kind) is kind:
+        module.__class__ = _fused_class(kind)  # type: ignore[arg-type]
     module.__dict__["_fusedact"] = programs
 
 
 def detach(module: nn.Module) -> None:
     """Class and attributes as they were. RuntimeError where the class was changed once more since."""
-    kind = original(type(module))
-    if kind is type(module) and any("_original" in vars(base) for base in kind.__mro__):
-        raise RuntimeError(f"unfuse() cannot give {kind.__name__} back: its class was changed after fuse()")
-    if kind is not type(module):
-        module.__class__ = kind
+    kind = type(module)
+    if is_fused(kind):
+        module.__class__ = original(kind)
+    elif any(map(is_fused, kind.__mro__)):
+        raise RuntimeError(
+            f"unfuse() cannot give {kind.__name__} back: its class was changed after fuse(), as fully_shard() does"
+        )
     for name in _OURS:
         vars(module).pop(name, None)
 

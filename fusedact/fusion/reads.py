@@ -84,5 +84,15 @@ def is_plain_value(value: Any) -> bool:
 
 
 def original(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused one was made of."""
-    return vars(kind).get("_original", kind)
+    """The class that a fused one was made of, also where fully_shard put one of torch.distributed's over that."""
+    for base in kind.__mro__:
+        if "_original" in vars(base):
+            return vars(base)["_original"]
+        if not base.__module__.startswith("torch.distributed."):
+            break
+    return kind
+
+
+def is_fused(kind: type[nn.Module]) -> bool:
+    """Whether that class itself was made by `fuse`."""
+    return "_original" in vars(kind)
