@@ -12,12 +12,15 @@ from rich.console import Console
 from torch import Tensor
 
 from fusedact.backend import uses_triton
+from fusedact.distributed import processes
 
 console = Console()
 
 
 def reachable(name: str) -> str:
-    """The name, if a number can go to that device and back."""
+    """The name, if a number can go to that device and back. Of CUDA's devices each process of torchrun has its own."""
+    if name == "cuda" and processes.launched():
+        name = f"cuda:{processes.local_rank()}"
     try:
         torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
@@ -45,10 +48,14 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def folder(path: str) -> Path:
-    """The folder, made where absent, if a file can be written there."""
-    try:
+    """The folder, made where absent, if a file can be written there. Of several processes the first alone writes."""
+
+    def made() -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+
+    try:
+        processes.from_first(made)
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}") from error
     return Path(path)

@@ -19,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 from fusedact.cli.options import Device, Threads, console, folder, implementation
+from fusedact.distributed import processes
 from fusedact.trainers import LAYERS, TRAINERS, Binary, Epoch, Settings, Trainer, Xor
 from fusedact.trainers.loop import PLAIN, TUTORIAL
+from fusedact.trainers.parallel import DDP
 from fusedact.trainers.runs import Run, Runs, checkpoint_path, save
 from fusedact.trainers.runs import train as runs_in_turn
 from fusedact.trainers.sweep import EPOCHS as SWEPT_EPOCHS
@@ -55,8 +57,11 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 Name = Annotated[Any, typer.Argument(parser=_trainer, metavar="NAME", help=" | ".join(TRAINERS))]
 Engine = Annotated[
-    Literal["auto", "persistent", "graph", "steps", "loop", "plain", "tutorial"],
-    typer.Option(help="What trains: auto for the fastest that can; tutorial, or plain without its data loader."),
+    Literal["auto", "persistent", "graph", "steps", "loop", "plain", "tutorial", "ddp"],
+    typer.Option(
+        help="What trains: auto for the fastest that can; tutorial, or plain without its data loader; under torchrun "
+        "ddp, each batch split over its processes."
+    ),
 ]
 Layers = Annotated[Literal["stock", "fused"], typer.Option(help="torch.nn's or fusedact.nn's.")]
 OPTIONS = {  # of both commands: the fields of Settings that a user may give
@@ -118,12 +123,19 @@ def train(
     resume: Resume = False,
     **options: Any,
 ) -> None:
-    """Run a tutorial's program and print what it prints."""
+    """Run a tutorial's program and print what it prints.
+
+    Under torchrun its processes share each batch, the first prints and writes, and started again after one of them
+    died they go on from the last checkpoint in --out.
+    """
+    if processes.started() and engine not in ("auto", DDP):
+        raise typer.BadParameter(f"--engine {engine} trains in one process; under torchrun there is {DDP}, or auto")
     if out is None and (resume or checkpoint_every):
         raise typer.BadParameter("--checkpoint-every and --resume need --out, where checkpoints are")
     runs = _prepare(trainer, {layers: (layers, engine)}, threads, checkpoint_every, device=device, **options)
     paths = _train(runs, out, checkpoint_every, resume)
-    print(runs[layers].trainer.evaluate().text, *paths, sep="\n")
+    if processes.rank() == 0:
+        print(runs[layers].trainer.evaluate().text, *paths, sep="\n")
 
 
 @_takes_options
@@ -144,6 +156,8 @@ def compare(
     tutorial: its own loop and data loader; stock: torch.nn's layers on rows that are on the device; fused: ours;
     fit: torch.nn's through fusedact.fit.
     """
+    if processes.started() and not sweep:
+        raise typer.BadParameter("compare runs in one process, but for its --sweep: start it without torchrun")
     out = out or folder(f"runs/{trainer.name}")
     if sweep:
         _sweep(trainer, out, device, threads, **options)
@@ -162,11 +176,15 @@ def _prepare(
     """A run of each of the ways, which are layers and engine; its trainer's defaults where an option is None."""
     settings = replace(trainer.defaults, **{name: value for name, value in options.items() if value is not None})
     torch.set_num_threads(threads)
-    try:
-        runs = {
+
+    def made() -> Runs:
+        return {
             label: Run(trainer(LAYERS[layers], replace(settings, engine=engine)), every)
             for label, (layers, engine) in ways.items()
         }
+
+    try:
+        runs = processes.in_turn(made)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     first, *_, last = [run.trainer for run in runs.values()] * 2
@@ -182,8 +200,9 @@ def _prepare(
 def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> list[Path]:
     """Trains all in turn behind a bar; what is done is saved on Ctrl-C and on a fault too."""
     trainers = [run.trainer for run in runs.values()]
-    if resume and out:
-        _resume(runs, out)
+    if out:
+        _begin(runs, out, resume)
+    out = None if processes.rank() else out
     with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as progress:
         total = sum(trainer.settings.epochs for trainer in trainers)
         bar = progress.add_task(trainers[0].name, total=total, cost="")
@@ -197,7 +216,8 @@ def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> lis
         try:
             return runs_in_turn(runs, out, every, show)
         except BaseException as fault:
-            paths = save(runs, out)
+            with processes.unstoppable():
+                paths = save(runs, out)
             if isinstance(fault, KeyboardInterrupt):
                 print(*paths, sep="\n")
                 raise typer.Exit(130) from None
@@ -206,15 +226,28 @@ def _train(runs: Runs, out: Path | None, every: int | None, resume: bool) -> lis
             raise
 
 
-def _resume(runs: Runs, out: Path) -> None:
-    """Those that have a checkpoint go on from it; one at least must have."""
+def _begin(runs: Runs, out: Path, resume: bool) -> None:
+    """Runs that have a checkpoint go on from it, where they were told to or torchrun has started processes again.
+
+    In processes a run that begins anew leaves a checkpoint of no epochs, so that a restart never goes on from what an
+    earlier run left there.
+    """
+    again = resume or processes.restarted()
     paths = {label: checkpoint_path(out, run.trainer.name, label) for label, run in runs.items()}
-    if not any(path.exists() for path in paths.values()):
+
+    def found() -> list[str]:
+        there = [label for label, path in paths.items() if again and path.exists()]
+        if processes.started() and not (there or resume):
+            for label, path in paths.items():
+                runs[label].save(path)
+        return there
+
+    there = processes.from_first(found)
+    if resume and not there:
         raise typer.BadParameter(f"{' and '.join(map(str, paths.values()))}: no checkpoint to go on from")
-    for label, path in paths.items():
+    for label in there:
         try:
-            if path.exists():
-                runs[label].resume(path)
+            runs[label].resume(paths[label])
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
 
@@ -240,7 +273,8 @@ def _sweep(trainer: type[Trainer], out: Path, device: str, threads: int, epochs:
     for lr, shares in zip(swept.lrs, swept.shares.tolist(), strict=True):
         table.add_row(f"{lr:g}", *(f"{shares[look]:.1%}" for look in shown))
     console.print(table)
-    print(*save_sweep(swept, out), sep="\n")
+    if processes.rank() == 0:
+        print(*save_sweep(swept, out), sep="\n")
 
 
 def _table(runs: Runs) -> Table:

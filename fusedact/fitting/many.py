@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,77 @@ def fit_many(
     Raises ValueError for what does not fit together, and for a model, a loss or an optimizer that is not supported,
     naming what is.
     """
+    return prepared(
+        model, x, y, loss=loss, optimizer=optimizer, epochs=epochs, batch_size=batch_size, drop_last=drop_last,
+        shuffle=shuffle, generator=generator, seeds=seeds, inits=inits, lrs=lrs,
+    ).train()  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What `fit_many` was asked for, once it is checked: all networks, or some of them.
+
+    rates: float64 (networks,). parameters: by their names in the model, (networks, *shape), trained in place.
+    """
+
+    recipe: Recipe
+    names: tuple[str, ...]  # of the recipe's parameters
+    x: Tensor
+    y: Tensor
+    rates: Tensor
+    parameters: dict[str, Tensor]
+    epochs: int
+    batch_size: int
+    drop_last: bool
+    shuffle: bool
+    generator: torch.Generator | None
+
+    def some(self, networks: slice) -> "Sweep":
+        """These networks alone."""
+        parameters = {name: value[networks].clone() for name, value in self.parameters.items()}
+        return replace(self, rates=self.rates[networks], parameters=parameters)
+
+    def train(self) -> FittedMany:
+        rows = len(self.x)
+        visited = rows // self.batch_size * self.batch_size if self.drop_last else rows
+        sizes = [min(self.batch_size, visited - at) for at in range(0, visited, self.batch_size)]
+        counts = [min(PASSES, self.epochs - done) for done in range(0, self.epochs, PASSES)]
+        starts = [self.parameters[name] for name in self.names]
+
+        def train(engine: Any) -> Tensor:
+            passes = (row[:visited] for count in counts for row in orders(count, rows, self.generator, self.shuffle))
+            return engine.train(self.recipe, self.x, self.y, starts, self.rates, sizes, passes)
+
+        obstacle = tiny.obstacle(self.recipe, self.x, sizes[0])
+        if obstacle is None:
+            drawn_from = self.generator or torch.default_generator
+            before = drawn_from.get_state()
+            try:
+                return FittedMany(train(tiny), self.parameters, "tiny", f"the fastest on {self.x.device.type}")
+            except backend.launch_error() as error:
+                backend.give_up(error)
+                drawn_from.set_state(before)
+                obstacle = str(error)
+        return FittedMany(train(batched), self.parameters, "batched", obstacle)
+
+
+def prepared(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer],
+    epochs: int,
+    batch_size: int,
+    drop_last: bool = False,
+    shuffle: bool = True,
+    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    inits: Inits | None = None,
+    lrs: Sequence[float] | Tensor | None = None,
+) -> Sweep:
+    """What these arguments of `fit_many` ask for; raises as it does."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters())
     recipe = read(model, loss, optimizer)
@@ -82,27 +153,10 @@ def fit_many(
     rates = _rates(recipe, networks, lrs)
     parameters = _starts(model, networks, seeds, inits)
     names = {id(p): name for name, p in model.named_parameters()}
-    starts = [parameters[names[id(p)]] for p in recipe.parameters]
-
-    visited = len(x) // batch_size * batch_size if drop_last else len(x)
-    sizes = [min(batch_size, visited - at) for at in range(0, visited, batch_size)]
-    counts = [min(PASSES, epochs - done) for done in range(0, epochs, PASSES)]
-
-    def train(engine: Any) -> Tensor:
-        passes = (row[:visited] for count in counts for row in orders(count, len(x), generator, shuffle))
-        return engine.train(recipe, x, y, starts, rates, sizes, passes)
-
-    obstacle = tiny.obstacle(recipe, x, sizes[0])
-    if obstacle is None:
-        drawn_from = generator or torch.default_generator
-        before = drawn_from.get_state()
-        try:
-            return FittedMany(train(tiny), parameters, "tiny", f"the fastest on {x.device.type}")
-        except backend.launch_error() as error:
-            backend.give_up(error)
-            drawn_from.set_state(before)
-            obstacle = str(error)
-    return FittedMany(train(batched), parameters, "batched", obstacle)
+    return Sweep(
+        recipe, tuple(names[id(p)] for p in recipe.parameters), x, y, rates, parameters, epochs, batch_size, drop_last,
+        shuffle, generator,
+    )  # fmt: skip
 
 
 def _check(recipe: Recipe, x: Tensor, y: Tensor, epochs: int, batch_size: int, drop_last: bool) -> None:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fusedact.distributed import processes
 from fusedact.fitting import Training
 from fusedact.fitting.order import orders
+from fusedact.trainers.parallel import DDP, Parallel
 
 TUTORIAL = "tutorial"  # an engine of trainers' own: the tutorial's loop and its data loader, which makes each row
 PLAIN = "plain"  # another: the same loop on rows that are on the device
@@ -31,7 +34,8 @@ class Settings:
     raw_pixels: evaluate MNIST on 0..255 as the tutorial does, though it trains on 0..1
     standardize, logits: of binary: inputs of mean 0 and deviation 1; BCE on logits in place of Sigmoid and BCELoss
     engine: of `fusedact.fit` by name, "auto" for the fastest that can, or "tutorial", or "plain" for that loop
-        on rows that are on the device
+        on rows that are on the device, or "ddp" for it with each batch split over the processes of torch.distributed's
+        group, which "auto" is where there is one
     """
 
     epochs: int
@@ -159,7 +163,9 @@ class Trainer(ABC):
         self.done, self._random_state = state["epochs"], state["random"]
         self._passes = self._begun()
 
-    def _begun(self) -> "Training | _Plain":
+    def _begun(self) -> "Training | _Plain | Parallel":
+        if self.settings.engine == DDP or (self.settings.engine == "auto" and processes.started()):
+            return Parallel(self)
         if self.settings.engine in (TUTORIAL, PLAIN):
             return _Tutorial(self) if self.settings.engine == TUTORIAL else _Plain(self)
         engine = None if self.settings.engine == "auto" else self.settings.engine
@@ -170,10 +176,11 @@ class Trainer(ABC):
 
     def _slice(self, limit: int) -> list[Epoch]:
         self.model.train()
-        started = _clock(self.x.device)
+        clock = partial(_clock, self.x.device, alone=not isinstance(self._passes, Parallel))
+        started = clock()
         with self._drawing():
             losses = self._passes.slice(limit)  # (epochs, steps)
-        seconds = (_clock(self.x.device) - started) / losses.numel()
+        seconds = (clock() - started) / losses.numel()
         costs = torch.zeros(len(losses), dtype=self.cost_dtype, device=losses.device)
         for step in losses.unbind(1):  # one by one, as the tutorial adds them
             costs += step
@@ -231,11 +238,14 @@ class _Tutorial(_Plain):
         return torch.stack([self.trainer.step(x.to(device), y.to(device)) for x, y in self.batches])[None]
 
 
-def _clock(device: torch.device) -> float:
-    """Seconds: of CPU where this thread does all the work, else on the wall, the device's work done."""
+def _clock(device: torch.device, alone: bool) -> float:
+    """Seconds: of CPU where this thread does all the work, else on the wall, the device's work done.
+
+    alone: no other process is waited for.
+    """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    elif torch.get_num_threads() == 1:
+    elif alone and torch.get_num_threads() == 1:
         return time.thread_time()
     return time.perf_counter()
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from fusedact import plotting
 from fusedact.data import write_whole
+from fusedact.distributed import processes
 from fusedact.trainers.checkpoint import load_run, save_checkpoint
-from fusedact.trainers.loop import Epoch, Trainer
+from fusedact.trainers.loop import PLAIN, Epoch, Trainer
+from fusedact.trainers.parallel import DDP
 
 SAVE_EVERY = 10.0  # seconds, so that a killed run leaves something
 MAY_DIFFER = {"epochs", "device", "download"}  # settings of a resumed run
+ALIKE = {"auto", DDP, PLAIN}  # engines that go on from one another: in processes, and in one
 
 
 class Run:
@@ -25,7 +28,7 @@ class Run:
     def __init__(self, trainer: Trainer, every: int | None = None) -> None:
         self.trainer = trainer
         self.epochs: list[Epoch] = []
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, Any] = deepcopy(trainer.state())
         self._slices: Iterator[list[Epoch]] = trainer.slices(every)
 
     @property
@@ -46,8 +49,11 @@ class Run:
         save_checkpoint(path, self.state["model"], state | {"costs": costs, "seconds": seconds, "settings": settings})
 
     def resume(self, path: Path) -> None:
-        """Goes on from what `save` wrote. ValueError where it is damaged, or of a run with other settings."""
-        model, run = load_run(path)
+        """Goes on from what `save` wrote. ValueError where it is damaged, or of a run with other settings.
+
+        Of several processes the first reads it and hands it to the others, however many there were when it was written.
+        """
+        model, run = processes.from_first(lambda: load_run(path))
         if missing := {"settings", "costs", "seconds", "epochs", "optimizer", "random"} - set(run):
             raise ValueError(
                 f"{path}: holds no run to go on from, but a model; {', '.join(sorted(missing))} are missing"
@@ -58,7 +64,8 @@ class Run:
             )
         ours = {name: str(value) for name, value in asdict(self.trainer.settings).items()}
         for name, value in run["settings"].items():
-            if name not in MAY_DIFFER and ours.get(name) != value:
+            alike = name == "engine" and {value, ours[name]} <= ALIKE
+            if name not in MAY_DIFFER and ours.get(name) != value and not alike:
                 raise ValueError(f"{path}: is of a run with {name} {value}, not {ours.get(name)}")
         try:
             self.trainer.resume(run | {"model": model})

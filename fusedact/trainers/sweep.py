@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fusedact import plotting
 from fusedact.data import write_whole
-from fusedact.fitting.many import fit_many
+from fusedact.distributed import processes, sweeps
+from fusedact.fitting import fit_many
 from fusedact.trainers.perceptron import ROWS
 from fusedact.trainers.xor import Xor
 
@@ -72,16 +73,18 @@ def sweep_xor(
 ) -> Sweep:
     """Trains S3 from the parameters that its trainer draws from seeds 0, 1, ..., at each learning rate, on its rows.
 
-    All networks see the same batches. progress: called now and then with the number of epochs that are done.
+    All networks see the same batches. Where torch.distributed has a group its processes share the networks, and each
+    has the whole sweep. progress: called now and then with the number of epochs that are done.
     """
     trainer = Xor(torch.nn, replace(Xor.defaults, device=device))
+    train = sweeps.fit_many if processes.started() else fit_many
     generator = torch.Generator().manual_seed(0)
     rates = torch.tensor(lrs, dtype=torch.float64).repeat_interleave(seeds)
     starts: dict[str, Any] = {"seeds": [*range(seeds)] * len(lrs)}
     looks = sorted({round(epochs ** (look / LOOKS)) for look in range(1, LOOKS + 1)})
     solved = []
     for before, after in zip([0, *looks], looks, strict=False):
-        fitted = fit_many(
+        fitted = train(
             trainer.model, trainer.x, trainer.y, loss=trainer.criterion, optimizer=trainer.optimizer,
             epochs=after - before, batch_size=trainer.settings.batch_size, drop_last=True,
             generator=generator, lrs=rates, **starts,
