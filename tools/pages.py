@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 import fusedact.functional
 import fusedact.nn
 from fusedact.cli import app
+from fusedact.distributed.scaling import WAYS as SHARINGS
+from fusedact.distributed.scaling import head_step
 from fusedact.tuning.candidates import RATES
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +243,54 @@ def a_pass(shape: tuple[int, int, int], way: str) -> float:
     return M * N * PRODUCTS[way][0] / H200.copy
 
 
+SCALED = {"hidden": 4096, "classes": 128256}  # the head of docs/scale.md
+TOKENS = 4096  # of a GPU
+GPUS = (8, 64, 1024)
+
+
+def scale(which: str) -> str:
+    """The head's step by fusedact.distributed.scaling: its ways at each number of GPUs; or rows of a chunk."""
+    return {"ways": _ways, "chunks": _chunks}[which]()
+
+
+def _ways() -> str:
+    rows = []
+    for gpus in GPUS:
+        for way in SHARINGS:
+            cost = head_step(TOKENS * gpus, gpus=gpus, way=way, **SCALED)
+            hidden = head_step(TOKENS * gpus, gpus=gpus, way=way, behind=1.0, **SCALED)
+            parts = (cost.products, cost.passes, cost.exchange, cost.inputs, cost.weights)
+            rows.append(
+                (
+                    *(f"{gpus:,}", way, f"{cost.chunk_rows:,}", f"{cost.sent / 1e9:,.2f}", *map(_ms, parts)),
+                    *(f"**{_ms(cost.total)}**", _ms(hidden.total)),
+                    f"{sum(cost.memory) / 2**30:,.1f}",
+                )
+            )
+    sums = ("sum of dx", "sum of dW", "step, ms", "dW hidden", "GiB")
+    return table(("GPUs", "way", "rows of a chunk", "sent, GB", "products", "passes", "exchange", *sums), rows)
+
+
+def _chunks() -> str:
+    rows = []
+    for gpus in GPUS:
+        ruled = head_step(TOKENS * gpus, gpus=gpus, way="sharded", **SCALED).chunk_rows
+        for count in (ruled // 8 << doubled for doubled in range(5)):
+            cost = head_step(TOKENS * gpus, gpus=gpus, way="sharded", chunk_rows=count, **SCALED)
+            taken = (cost.exchange / cost.chunks, cost.products / cost.chunks / 3)
+            alive = (cost.memory.logits, cost.memory.sums)
+            shown = f"**{count:,}**" if count == ruled else f"{count:,}"
+            figures = (*(f"{1e6 * each:,.0f}" for each in taken), *(f"{each / 2**20:,.0f}" for each in alive))
+            rows.append((f"{gpus:,}", shown, *figures, _ms(cost.total)))
+    heads = ("rows", "exchange of a chunk, µs", "product of the next, µs", "logits alive, MiB", "sums, MiB", "step, ms")
+    return table(("GPUs", *heads), rows)
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, to three digits where there are as many."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.1f}" if seconds >= 1e-5 else "0"
+
+
 CHARTS = {
     "speedup": "Stock's time over each contender's, by op",
     "trainers": "Stock's time over each contender's, by trainer",
@@ -263,5 +313,6 @@ MAKERS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "machine-code": machine_code,
     "limits": limits,
+    "scale": scale,
     "charts": charts,
 }
