@@ -5,21 +5,25 @@ VENV := .venv
 OLDEST := .venv-oldest
 # Two processes fill two cores; torch's own threads would wait for each other there.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
-KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
+KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py class_shards.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest contract mutants soak fuzz lint lock bench bench-gpu docs pictures
+.PHONY: demo test test-exhaustive test-oldest test-distributed contract mutants soak fuzz lint lock bench bench-gpu docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
 
 test: $(VENV)/ready
-	$(call pytest,$(VENV)) 'not exhaustive'
+	$(call pytest,$(VENV)) 'not exhaustive and not distributed'
 
 test-exhaustive: $(VENV)/ready
 	$(call pytest,$(VENV)) exhaustive
 
 test-oldest: $(OLDEST)/ready
 	$(call pytest,$(OLDEST)) 'not exhaustive' $(KERNEL_PROOFS)
+
+# All that torchrun starts, on 2 and 4 processes of this machine, and how far each is from one process.
+test-distributed: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_distributed.py tests/test_torchrun.py
 
 contract: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tools/contract.py -n 2 --dist loadfile $(ARGS)
@@ -70,6 +74,7 @@ pictures: $(VENV)/ready
 	cp runs/pictures/activations.png docs/images
 	$(VENV)/bin/python -m fusedact plot losses --out docs/images --dpi 100
 	$(VENV)/bin/python -m fusedact plot xor --device cpu --out docs/images
+	$(VENV)/bin/python -m bench.scale --picture
 
 # Each environment is made once, and again when what it is made from changes.
 define make_venv

@@ -1,5 +1,6 @@
 """What every test file shares: where kernels run, what memory nobody wrote holds, one oracle, a launch counter."""
 
+import json
 import os
 import sys
 from types import FunctionType, SimpleNamespace
@@ -36,6 +37,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         rows = {row for mark in item.iter_markers("contract") for row in mark.args}
         item.user_properties += [("contract", row) for row in sorted(rows)]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What several processes gave beside one, as tests/test_distributed.py found it."""
+    reports = (r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call")
+    found = [json.loads(value) for r in reports for name, value in r.user_properties if name == "equality"]
+    if not found:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "processes", "error", "of one process", title="several processes against float64")
+    for row in sorted(found, key=lambda row: (row["what"], row["world"])):
+        table.add_row(row["what"], str(row["world"]), f"{row['error']:.1e}", f"{row['of one process']:.1e}")
+    Console(width=120).print(table)
 
 
 @pytest.fixture(autouse=True)
