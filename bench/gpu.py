@@ -39,6 +39,7 @@ from bench.worker import GRACE, SILENCE  # noqa: E402
 
 WARMERS = 6  # processes that fill the compilers' caches together
 WARM_BYTES = 3e9  # of a forward: larger cases together could fill the device
+ON_CPUS = ("bench", "distributed", "torchrun")  # nothing to learn here: a dry run of this, and processes on CPUs
 WORKER = [sys.executable, "-m", "bench.worker"]
 
 
@@ -79,8 +80,8 @@ def tests(run: Run, deadline: float) -> dict:
     if run.dry:
         return _collected(run)
     junit = Path(tempfile.mkdtemp(), "junit.xml")
-    # This command's own tests run it dry, on the CPU: nothing to learn here.
-    command = [sys.executable, "-m", "pytest", "tests", "--ignore=tests/test_bench.py", f"--junitxml={junit}"]
+    ignored = [f"--ignore=tests/test_{name}.py" for name in ON_CPUS]
+    command = [sys.executable, "-m", "pytest", "tests", *ignored, f"--junitxml={junit}"]
     if importlib.util.find_spec("xdist"):  # they wait for Triton's compiler, so for cores
         command += ["-n", str(max(2, (os.cpu_count() or 2) * 3 // 4)), "--dist=worksteal"]
     if importlib.util.find_spec("pytest_timeout"):

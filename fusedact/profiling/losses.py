@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedact.distributed import VocabParallelCrossEntropyLoss
 from fusedact.profiling.cases import Case
 from fusedact.profiling.op import EARLY, Op, Work, logits, passes_over
 
@@ -116,6 +117,13 @@ LOSSES = {
         forward=passes_over(1, 0, flops=4, label_bytes=8),
         backward=passes_over(0, 1, flops=4),  # from the row that is there
         phases=EARLY,
+    ),
+    "vocab_parallel_cross_entropy": Op(  # of one process: what each of several does, but for the exchange
+        module=lambda nn, case: nn.CrossEntropyLoss() if nn is torch.nn else VocabParallelCrossEntropyLoss(),
+        inputs=_labelled,
+        formula=lambda case: F.cross_entropy,
+        forward=passes_over(1, 0, flops=4, label_bytes=8),
+        backward=passes_over(1, 1, flops=4, label_bytes=8),
     ),
     "bce_with_logits": Op(
         module=lambda nn, case: nn.BCEWithLogitsLoss(),
