@@ -202,14 +202,14 @@ def _gradient_by_torch(
     base, s = stats[0], stats[1]
     over = not softcap and (into is logits or x.dtype != logits.dtype)  # x is then not read again
     p = x.sub_(base[:, None]) if over else x - base[:, None]
-    p = p.exp_().mul_((1 / s)[:, None])
+    p.exp_()
     counts = target != ignore_index
     row = _row_gradients(dloss, target, sample_weight, total, classes, p)
     own = (target >= first) & (target < first + x.shape[1])
     k_target = torch.ones_like(s) if weight is None else weight.to(s.dtype)[target.clamp(0, classes - 1)]
     k_sum = 1 if weight is None else stats[2]
     lse_factor = 2 * z_loss * (s.log() + base) if z_loss else 0
-    factor = (row * (k_sum + lse_factor))[:, None]
+    factor = (row * (k_sum + lse_factor) / s)[:, None]
     dx = p.mul_(factor) if dlse is None else p * factor
     if smoothing:
         k = x.new_ones(x.shape[1]) if weight is None else weight[first : first + x.shape[1]].to(x.dtype)
@@ -217,9 +217,10 @@ def _gradient_by_torch(
     if x.shape[1]:
         hit = torch.where(own, row * k_target * (smoothing - 1), 0)
         dx.scatter_add_(1, torch.where(own, target - first, 0)[:, None], hit[:, None])
-    dx.masked_fill_(~counts[:, None], 0)
+    if dx.is_cuda or not counts.all():
+        dx.masked_fill_(~counts[:, None], 0)
     if dlse is not None:
-        dx += p.mul_(dlse.reshape(-1).to(p.dtype)[:, None])
+        dx += p.mul_((dlse.reshape(-1).to(p.dtype) / s)[:, None])
     if softcap:  # 0 of an ignored row, whatever its logits
         dx.mul_(x.div_(softcap).square_().neg_().add_(1).masked_fill_(dx == 0, 1))
     return _as_logits(dx, logits, into)
@@ -244,6 +245,8 @@ def _as_logits(dx: Tensor, logits: Tensor, into: Tensor | None) -> Tensor:
     """(rows, C_local) as the logits are laid out."""
     dim = min(1, logits.dim() - 1)
     dx = dx.view(*logits.shape[:dim], *logits.shape[dim + 1 :], logits.shape[dim]).movedim(-1, dim)
+    if into is None and dx.dtype == logits.dtype and dx.is_contiguous():
+        return dx
     return (logits.new_empty(logits.shape) if into is None else into).copy_(dx)
 
 
