@@ -51,6 +51,15 @@ def network():
     return nn.Sequential(nn.Linear(7, 5), nn.GELU(), nn.Linear(5, 4, activation="prelu"))
 
 
+def graph_of(model, x):
+    """A graph of the model's parameters, to be kept alive while threads make theirs.
+
+    Two threads that make the first one of a parameter can wait for each other in torch 2.13: a Function's call for a
+    mutex with the GIL, an operation's for the GIL with that mutex.
+    """
+    return model(x).grad_fn
+
+
 # ---- threads
 
 
@@ -80,7 +89,9 @@ def test_threads_add_to_the_same_gradients(either_backend, device, switching):
     model(x).sum().backward()
     alone = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    kept = graph_of(model, x)
     at_once(lambda i: model(x).sum().backward())
+    assert kept is not None
     for p, once in zip(model.parameters(), alone, strict=True):
         torch.testing.assert_close(p.grad, THREADS * once)
 
@@ -119,10 +130,8 @@ def test_grad_mode_and_autocast_are_each_threads_own(either_backend, device):
         return y.requires_grad, y.dtype
 
     expected = [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)]
-    # A graph of these parameters is kept alive: two threads that make the first one of a parameter wait for each other
-    # in torch 2.13, a Function's call for a mutex with the GIL, an operation's for the GIL with that mutex.
-    kept = model(x)
-    assert at_once(run) == expected and kept.requires_grad
+    kept = graph_of(model, x)
+    assert at_once(run) == expected and kept is not None
 
 
 @pytest.mark.contract(56)
