@@ -9,13 +9,12 @@ from typing import Any, overload
 import torch
 from torch import fx, nn
 
-from fusedact import nn as fnn
 from fusedact.fusion.checking import compare
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.losses import join
 from fusedact.fusion.nodes import describe, is_product
 from fusedact.fusion.programs import CUT, JOINED, Program, analysed, attach, detach
-from fusedact.fusion.reads import is_fused, original
+from fusedact.fusion.reads import is_fused, is_sequential, original
 from fusedact.fusion.reporting import Report, positions
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import CONVOLUTIONS
@@ -100,7 +99,7 @@ def _check_model(caller: str, model: Any) -> None:
 def _renew(module: nn.Module, path: str) -> None:
     """Fuse what can be fused in the module's own forward as it is now; nothing, where it cannot be looked at."""
     try:
-        programs = () if _fuses_itself(module) else _looked_at(module, path)[0]
+        programs = () if is_sequential(type(module)) else _looked_at(module, path)[0]
         if programs:
             attach(module, programs)
     except Untraceable:
@@ -112,10 +111,6 @@ def _renew(module: nn.Module, path: str) -> None:
         detach(module)
     else:  # under a class of fully_shard's
         attach(module, ())
-
-
-def _fuses_itself(module: nn.Module) -> bool:
-    return original(type(module)).forward is fnn.Sequential.forward
 
 
 def _looked_at(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[Site]]:
@@ -187,7 +182,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 def _fused_parts(module: nn.Module, path: str) -> set[Any] | None:
     """What stands fused in a module's programs; None where it fuses by itself."""
-    if _fuses_itself(module):
+    if is_sequential(type(module)):
         return None
     return {_relative(site, site.module) for program in vars(module).get("_fusedact", ()) for site in program.sites}
 

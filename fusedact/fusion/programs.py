@@ -15,10 +15,9 @@ from fusedact import backend
 from fusedact.fusion import sites
 from fusedact.fusion.codes import Untraceable
 from fusedact.fusion.cuts import cut
-from fusedact.fusion.reads import Read, is_fused, original
+from fusedact.fusion.reads import Read, is_fused, is_sequential, original
 from fusedact.fusion.site import Site
 from fusedact.fusion.tracing import Trace, trace
-from fusedact.nn.container import Sequential
 
 CUT = "_fusedact_cut"  # attribute of a module whose end a loss took over: what it gives in training
 JOINED = "_fusedact_loss"  # attribute of a model that was given a loss: the site where they meet
@@ -101,7 +100,7 @@ def _analysed(module: nn.Module, path: str) -> tuple[tuple[Program, ...], list[S
 def forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward to trace: torch's own of our Sequential, which does the same."""
     kind = original(kind)
-    return nn.Sequential.forward if kind.forward is Sequential.forward else kind.forward
+    return nn.Sequential.forward if is_sequential(kind) else kind.forward
 
 
 def _compiled(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:

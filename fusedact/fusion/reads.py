@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedact.fusion.codes import PLAIN
+from fusedact.nn.container import Sequential
 from fusedact.nn.hooks import is_plain
 
 # What a read found: nothing of that name, a tensor, a tensor of the input's dtype, a child.
@@ -96,3 +97,8 @@ def original(kind: type[nn.Module]) -> type[nn.Module]:
 def is_fused(kind: type[nn.Module]) -> bool:
     """Whether that class itself was made by `fuse`."""
     return "_original" in vars(kind)
+
+
+def is_sequential(kind: type[nn.Module]) -> bool:
+    """Whether it runs our Sequential's forward, as the class that fully_shard made of that does."""
+    return inspect.getattr_static(original(kind), "forward", None) is Sequential.forward
