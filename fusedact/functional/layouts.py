@@ -39,7 +39,7 @@ class Layout(NamedTuple):
         # Even in place: redistribute is what reduces a Partial gradient to the placement that t has.
         moved = t.redistribute(self.mesh, self.placements(names, Replicate()))  # type: ignore[attr-defined]
         local = moved.to_local(grad_placements=self.placements(names, Partial()))
-        return _Arrived.apply(local) if hasattr(local, "trigger_wait") else local
+        return _Own.apply(local) if _is_differentiated(local) or hasattr(local, "trigger_wait") else local
 
     def whole(self, local: Tensor, names: Names, sizes: dict[Hashable, int]) -> Tensor:
         """The DTensor of which each rank has that part; without a name that is split, the sum over the ranks of it."""
@@ -51,8 +51,8 @@ class Layout(NamedTuple):
         ]
         placements = self.placements(names, Partial())
         over = tuple(self.mesh.get_group(at) for at, placed in enumerate(placements) if placed.is_partial())
-        if over and local.requires_grad and not torch.compiler.is_compiling():  # which has no second derivative
-            local = _Share.apply(local, over)
+        if _is_differentiated(local):
+            local = _Share.apply(local, over) if over else _Own.apply(local)
         made = DTensor.from_local(
             local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=_dense(shape, local)
         )
@@ -71,17 +71,26 @@ class Layout(NamedTuple):
         return any(name is not None and name != CLASSES for name in self.split)
 
 
-class _Arrived(torch.autograd.Function):
-    """What torch's parallel styles have left under way (async_op=True), as a plain tensor."""
+def _is_differentiated(local: Tensor) -> bool:
+    """Perhaps twice, which what is compiled never is."""
+    return local.requires_grad and not torch.compiler.is_compiling()
+
+
+class _Own(torch.autograd.Function):
+    """A rank's part as a plain tensor, though torch's parallel styles have left it under way (async_op=True).
+
+    Its gradients are 0 where this rank has none, as torch has no second one of a convolution of nothing: redistribute
+    could not take that.
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Any) -> Tensor:
-        arrived = t.trigger_wait()
+        arrived = t.trigger_wait() if hasattr(t, "trigger_wait") else t
         return arrived.view_as(arrived)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient
+        return _Own.apply(gradient) if torch.is_grad_enabled() else gradient
 
 
 class _Share(torch.autograd.Function):
