@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedact.kernels.tiles import grid_barrier
 from fusedact.profiling import ceilings
 from fusedact.profiling.timing import Call, Effort, captured, queued, wait
 
@@ -57,6 +58,33 @@ def graph_node_us(device: torch.device, effort: Effort) -> float | str:
     return statistics.median(queued([replay], 1000) for _ in range(effort.rounds))
 
 
+@triton.jit
+def _barriers_kernel(counter_ptr, failed_ptr, times, POLLS: tl.constexpr):
+    programs = tl.num_programs(0)
+    target = programs.to(tl.int64)
+    alive = grid_barrier(counter_ptr, target, tl.full((), POLLS, tl.int32))
+    for _ in range(times - 1):
+        target += programs
+        alive &= grid_barrier(counter_ptr, target, tl.where(alive, POLLS, 0))
+    if not alive:
+        tl.store(failed_ptr, 1)
+
+
+def grid_barrier_us(device: torch.device, effort: Effort) -> float | str:
+    """Device µs of a barrier among a thousand, with a program on each multiprocessor."""
+    gpu = device.type == "cuda"
+    programs, times = (torch.cuda.get_device_properties(device).multi_processor_count, 1000) if gpu else (1, 10)
+    counter, failed = torch.zeros(2, 1, dtype=torch.int32, device=device)
+
+    def barriers() -> None:
+        counter.zero_()
+        _barriers_kernel[(programs,)](counter, failed, times, POLLS=2**24, num_warps=8)
+
+    barriers()
+    us = statistics.median(queued([barriers], times) for _ in range(effort.rounds)) if gpu else "needs a GPU"
+    return "a program waited in vain" if failed.item() else us
+
+
 def tf32_operands(device: torch.device, effort: Effort) -> dict[str, str]:
     """What becomes of float32 operands in a tf32 product: it decides whether 3xTF32 may split by masking bits.
 
@@ -103,6 +131,7 @@ CEILINGS = {
     "launch by Triton, µs of host": triton_launch_us,
     "launch by torch, µs of host": torch_launch_us,
     "empty kernel in a graph, µs": graph_node_us,
+    "barrier of a grid, µs": grid_barrier_us,
     "float32 in a tf32 product": tf32_operands,
     "sums of a tensor core": tensor_core_sums,
 }

@@ -5,7 +5,7 @@ python bench/gpu.py [--budget SECONDS] [--only SECTION] [--tests-only] [--dry-ru
 The record and its tables go to bench/results, or to $OUT where that is set. Every unit of work is done by a worker
 process: what crashes, hangs or loses the device costs that unit alone. Where .git is absent, FUSEDACT_COMMIT names
 the commit. --only runs one section, and may recur: a record of its own, whose sections `bench/report.py` takes together
-with those that were run at the same commit on the same device.
+with those that were run at the same commit on the same device. `sanitized` runs where it is named alone.
 """
 
 import argparse
@@ -13,12 +13,13 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,11 @@ class Section:
     run: Callable[[Run, float], dict]
     share: float
     dry_only: bool = False
+    named_only: bool = False
+
+    def chosen(self, names: list[str] | None, dry: bool) -> bool:
+        named = self.name in names if names else not self.named_only
+        return named and (dry or not self.dry_only)
 
 
 def tests(run: Run, deadline: float) -> dict:
@@ -170,6 +176,28 @@ def fits(run: Run, deadline: float) -> dict:
     return _units(run, "fits", [fit.name for fit in FITS], deadline)
 
 
+def sanitized(run: Run, deadline: float) -> dict:
+    """Each kernel once, under both of compute-sanitizer's checkers."""
+    from bench import sanitizer
+
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return {"skipped": {"compute-sanitizer": "not on this machine"}}
+    names = list(sanitizer.units(run.dry))
+    found: dict[str, Any] = {"results": {}, "errors": {}, "skipped": {}}
+    for i, checker in enumerate(sanitizer.CHECKERS):
+        until = time.time() + (deadline - time.time()) / (len(sanitizer.CHECKERS) - i)
+        with tempfile.TemporaryDirectory() as folder:
+            before = sanitizer.command(program, checker, Path(folder))
+            environment = sanitizer.OWN_ALLOCATIONS | _interpreted(run)
+            part = _units(run, "sanitized", names, until, environment, before=before)
+            faults = part.get("error") or sanitizer.faults(Path(folder))
+        for kind in found:
+            found[kind] |= {f"{checker}: {name}": value for name, value in part[kind].items()}
+        found["errors"] |= {checker: faults} if faults else {}
+    return found
+
+
 SECTIONS = (
     Section("tests", tests, 0.40),
     Section("ceilings", ceilings, 0.07),
@@ -180,6 +208,7 @@ SECTIONS = (
     Section("profiles", profiles, 0.12),
     Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
+    Section("sanitized", sanitized, 0.10, named_only=True),
 )
 
 
@@ -198,8 +227,9 @@ def _units(
     deadline: float,
     environment: dict[str, str] | None = None,
     quiet: bool = False,
+    before: Sequence[str] = (),
 ) -> dict:
-    """What a worker makes of the units; where it dies, another takes what is left."""
+    """What a worker makes of the units; where it dies, another takes what is left. `before`: a command that runs it."""
     found: dict[str, Any] = {"results": {}, "errors": {}, "skipped": {}}
     left = list(names)
     bar = run.progress.add_task(kind, total=len(names), visible=not quiet)
@@ -207,7 +237,7 @@ def _units(
         job = {"kind": kind, "names": left, "dry": run.dry, "deadline": deadline}
         begun = None
         with tempfile.TemporaryFile("w+") as log:
-            with _worker(job, run.environment() | (environment or {}), log) as process:
+            with _worker([*before, *WORKER], job, run.environment() | (environment or {}), log) as process:
                 for line in process.stdout:
                     answer = json.loads(line)
                     begun = answer["unit"]
@@ -231,9 +261,9 @@ def _units(
 
 
 @contextmanager
-def _worker(job: dict, environment: dict[str, str], log: IO[str]) -> Iterator[subprocess.Popen]:
+def _worker(command: list[str], job: dict, environment: dict[str, str], log: IO[str]) -> Iterator[subprocess.Popen]:
     """A worker at the job. One that does not end itself in time, stuck in the driver perhaps, is killed."""
-    command = [*WORKER, json.dumps(job)]
+    command = [*command, json.dumps(job)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment)
     overdue = Timer(max(0, job["deadline"] - time.time()) + 2 * GRACE, process.kill)
     overdue.start()
@@ -363,11 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: all code paths, no figures")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    chosen = [
-        section
-        for section in SECTIONS
-        if section.name in (args.only or [section.name]) and (args.dry_run or not section.dry_only)
-    ]
+    chosen = [section for section in SECTIONS if section.chosen(args.only, args.dry_run)]
     with Progress(console=console, disable=not console.is_terminal) as progress:
         run = Run(args.dry_run, console, progress)
         path = _run(run, chosen, args.budget, _folder(args.dry_run))

@@ -60,11 +60,16 @@ def _unit(job: dict, name: str, device: Any, seconds: float) -> Any:
     """One unit of the job's kind; `seconds` is its share of what is left."""
     if job["kind"] == "facts":
         return _facts(device)
-    from bench import ceilings, fits, profiles
+    from bench import ceilings, fits, profiles, sanitizer
     from fusedact.profiling import cases, measure, timing
 
     if job["kind"] == "fits":
         return fits.measure_fit({fit.name: fit for fit in fits.FITS}[name], device, job["dry"])
+    if job["kind"] == "sanitized":
+        unit = sanitizer.units(job["dry"])[name]
+        if isinstance(unit, fits.Fit):
+            return fits.measure_fit(unit, device, job["dry"], timed=False)
+        return measure.check_case(unit, device)
     if job["kind"] == "profiles":
         return profiles.measure_profile(name, device, job["dry"])
     effort = timing.DRY if job["dry"] else timing.FULL

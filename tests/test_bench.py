@@ -83,6 +83,55 @@ def test_a_broken_section_and_a_dead_worker_leave_the_rest(bench, monkeypatch, t
     assert "2 faults" in capsys.readouterr().out
 
 
+FAKE_SANITIZER = """#!{python}
+import os, subprocess, sys
+tool, log = (sys.argv[sys.argv.index(option) + 1] for option in ("--tool", "--log-file"))
+first = sys.argv.index({python!r}, 1)
+done = subprocess.run(sys.argv[first:])
+summary = {{"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: {hazards} hazards displayed"}}
+with open(log.replace("%p", str(os.getpid())), "w") as file:
+    print("========= COMPUTE-SANITIZER", "========= " + summary[tool], sep="\\n", file=file)
+sys.exit(done.returncode)
+"""
+
+
+@pytest.mark.parametrize("hazards", [0, 2])
+def test_what_compute_sanitizer_finds(hazards, bench, monkeypatch, tmp_path):
+    gpu = bench("gpu")
+    (tmp_path / "worker.py").write_text(FAKE_WORKER)
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE_SANITIZER.format(python=sys.executable, hazards=hazards))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, str(tmp_path / "worker.py")])
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
+    assert gpu.main(["--dry-run", "--only", "sanitized"]) == (1 if hazards else 0)
+    [path] = tmp_path.glob("fusedact-dry-run-*/*.json")
+    section = json.loads(path.read_text())["sections"]["sanitized"]
+    for checker in ("memcheck", "racecheck"):
+        assert section["results"][f"{checker}: S1 binary persistent"] == 1.0
+        assert len([name for name in section["results"] if name.startswith(checker)]) > 20
+    assert section["errors"].keys() == ({"racecheck"} if hazards else set())
+    assert not hazards or "2 hazards" in section["errors"]["racecheck"]
+
+
+def test_a_sanitizer_that_leaves_no_summary(bench, tmp_path):
+    sanitizer = bench("sanitizer")
+    assert sanitizer.faults(tmp_path) == "no log"
+    (tmp_path / "1").write_text("========= ERROR SUMMARY: 0 errors")
+    assert sanitizer.faults(tmp_path) is None
+    (tmp_path / "2").write_text("========= Error: Device not supported")
+    assert sanitizer.faults(tmp_path) == "========= Error: Device not supported"
+
+
+def test_without_compute_sanitizer_nothing_is_said_to_be_clean(bench, monkeypatch, tmp_path):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.sanitized(gpu.Run(True, None, None), time.time() + 60) == {
+        "skipped": {"compute-sanitizer": "not on this machine"}
+    }
+
+
 def test_pytest_outcomes_are_read(bench, tmp_path):
     suite = tmp_path / "test_some.py"
     suite.write_text(

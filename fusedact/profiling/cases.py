@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 MATRIX_OPS = ("linear_act", "linear_chain", "convolution_act", "linear_cross_entropy", "fused_block")
+TINY = 40  # of a dimension, which no block divides
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Case:
         kind = "bf16" if self.torch_dtype.itemsize == 2 else "tf32" if high else "fp32"
         return f"{kind}, TFLOP/s"
 
-    def tiny(self) -> "Case":
-        """The same code at a shape for a dry run."""
-        chunk = 16 if self.chunk else None
+    def tiny(self, most: int = TINY) -> "Case":
+        """The same code at a shape for a dry run, or of dimensions up to `most`."""
+        chunk = min(self.chunk, 2 * most // 5) if self.chunk else None
         small = replace(self, chunk=chunk, target=None, least_share=None, most_ms=None, most_gib=None)
         if self.op == "convolution_act":  # in 16 bits torch rounds before it adds b on a GPU, but not on a CPU
             return replace(small, shape=tuple(min(n, 8) for n in self.shape), dtype="float32")
-        return replace(small, shape=tuple(min(n, 40) for n in self.shape))
+        of_each = most**2 if len(self.shape) == 1 else most
+        return replace(small, shape=tuple(min(n, of_each) for n in self.shape))
 
 
 @dataclass(frozen=True)
