@@ -82,7 +82,9 @@ FAULTS = {
     ("words", "restarts"),
     [
         pytest.param("bench", 0, id="before there is a group"),
-        pytest.param("train xor --batch-size 1001", 1, id="in a group, by the first attempt of two"),
+        pytest.param(
+            "train xor --batch-size 1001", 1, id="in a group, by the first attempt of two", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_fault_ends_all_processes_and_is_said_once(words, restarts):
