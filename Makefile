@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py class_shards.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest test-distributed contract mutants soak fuzz lint lock bench bench-gpu docs pictures
+.PHONY: demo test test-exhaustive test-oldest test-distributed contract mutants soak fuzz lint lock bench bench-gpu carry docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -63,6 +63,14 @@ bench: $(VENV)/ready
 
 bench-gpu: $(VENV)/ready
 	$(VENV)/bin/python bench/gpu.py $(ARGS)
+
+# For a GPU machine that has PyTorch, Triton and pytest but no network: what its tests ask for besides, peers, the MNIST.
+CARRIED := typer pydantic pydantic-core annotated-types typing-inspection expecttest liger-kernel cut-cross-entropy
+MNIST ?= ../shared/data/mnist
+carry: $(VENV)/ready
+	$(VENV)/bin/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--platform manylinux2014_x86_64 --constraint constraints.txt --dest .carry $(CARRIED)
+	cp -r $(MNIST) .carry/
 
 # Warnings are errors. The variable silences the theme's notice of its maintenance, which mkdocs itself does not count.
 docs: $(VENV)/ready

@@ -5,7 +5,8 @@ python bench/gpu.py [--budget SECONDS] [--only SECTION] [--tests-only] [--dry-ru
 The record and its tables go to bench/results, or to $OUT where that is set. Every unit of work is done by a worker
 process: what crashes, hangs or loses the device costs that unit alone. Where .git is absent, FUSEDACT_COMMIT names
 the commit. --only runs one section, and may recur: a record of its own, whose sections `bench/report.py` takes together
-with those that were run at the same commit on the same device. `sanitized` runs where it is named alone.
+with those that were run at the same commit on the same device. `exhaustive`, the tests that `make test` leaves out, and
+`sanitized` run where they are named alone. What pytest printed stands beside the record, in `tests.log`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from bench.worker import GRACE, SILENCE  # noqa: E402
 
 WARMERS = 6  # processes that fill the compilers' caches together
 WARM_BYTES = 3e9  # of a forward: larger cases together could fill the device
-ON_CPUS = ("bench", "distributed", "torchrun")  # nothing to learn here: a dry run of this, and processes on CPUs
+ON_CPUS = ("bench", "codegen", "distributed", "torchrun")  # nothing to learn here: dry runs, other chips, CPU processes
 WORKER = [sys.executable, "-m", "bench.worker"]
 
 
@@ -49,6 +50,7 @@ class Run:
     """One call of this command: its record so far, and where it is shown."""
 
     dry: bool
+    folder: Path
     console: Console
     progress: Progress
     record: dict[str, Any] = field(default_factory=dict)
@@ -82,17 +84,26 @@ class Section:
 
 
 def tests(run: Run, deadline: float) -> dict:
-    """The test suite on the GPU, not interpreted; a dry run collects it only."""
+    """The tests of `make test` on the GPU, not interpreted; a dry run collects them only."""
+    return _pytest(run, "tests", "not exhaustive", deadline)
+
+
+def exhaustive(run: Run, deadline: float) -> dict:
+    """The tests of `make test-exhaustive`, likewise."""
+    return _pytest(run, "exhaustive", "exhaustive", deadline)
+
+
+def _pytest(run: Run, name: str, marked: str, deadline: float) -> dict:
+    command = [sys.executable, "-m", "pytest", "tests", "-m", marked]
     if run.dry:
-        return _collected(run)
+        return _collected([*command, "--collect-only"], run)
     junit = Path(tempfile.mkdtemp(), "junit.xml")
-    ignored = [f"--ignore=tests/test_{name}.py" for name in ON_CPUS]
-    command = [sys.executable, "-m", "pytest", "tests", *ignored, f"--junitxml={junit}"]
+    command += ["--tb=short", f"--junitxml={junit}", *(f"--ignore=tests/test_{name}.py" for name in ON_CPUS)]
     if importlib.util.find_spec("xdist"):  # they wait for Triton's compiler, so for cores
-        command += ["-n", str(max(2, (os.cpu_count() or 2) * 3 // 4)), "--dist=worksteal"]
+        command += ["-n", str(os.cpu_count() or 2), "--dist=worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         command += [f"--timeout={2 * SILENCE}", "--timeout-method=thread"]
-    log = junit.with_name("log")
+    log = run.folder / f"{name}.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=run.environment(), stdout=out, stderr=out)
         stopped = suite.stopped_at(process, deadline)
@@ -104,10 +115,9 @@ def tests(run: Run, deadline: float) -> dict:
     return found
 
 
-def _collected(run: Run) -> dict:
-    command = [sys.executable, "-m", "pytest", "tests", "--collect-only"]
+def _collected(command: list[str], run: Run) -> dict:
     done = subprocess.run(command, cwd=ROOT, env=run.environment(), capture_output=True, text=True)
-    found = re.search(r"(\d+) tests collected", done.stdout)
+    found = re.search(r"(\d+)(?:/\d+)? tests collected", done.stdout)
     if done.returncode or not found:
         return {"error": f"pytest ended with {done.returncode}: {_tail(done.stdout + done.stderr)}"}
     return {"collected": int(found[1])}
@@ -208,6 +218,7 @@ SECTIONS = (
     Section("profiles", profiles, 0.12),
     Section("autotuned", autotuned, 0.15),
     Section("interpreted", interpreted, 0.10, dry_only=True),
+    Section("exhaustive", exhaustive, 0.40, named_only=True),
     Section("sanitized", sanitized, 0.10, named_only=True),
 )
 
@@ -354,7 +365,7 @@ def _short_table(record: dict) -> Table:
     return table
 
 
-def _run(run: Run, chosen: list[Section], budget: float, folder: Path) -> Path | None:
+def _run(run: Run, chosen: list[Section], budget: float) -> Path | None:
     """The machine, then every section in what time is left for it; None where there is no GPU to measure."""
     end = time.time() + budget
     facts = _units(run, "facts", ["machine"], end, quiet=True)
@@ -370,7 +381,7 @@ def _run(run: Run, chosen: list[Section], budget: float, folder: Path) -> Path |
         "machine": machine | {"state": _smi()},
         "sections": {},
     }
-    path = _write(run.record, folder)
+    path = _write(run.record, run.folder)
     for i, section in enumerate(chosen):
         started = time.time()
         limit = (end - started) * section.share / sum(later.share for later in chosen[i:])
@@ -381,7 +392,7 @@ def _run(run: Run, chosen: list[Section], budget: float, folder: Path) -> Path |
             data = {"error": f"{type(error).__name__}: {error}"}
         timed = {"seconds": time.time() - started, "limit": limit, "state": _smi()}
         run.record["sections"][section.name] = data | timed
-        path = _write(run.record, folder)
+        path = _write(run.record, run.folder)
     return path
 
 
@@ -395,8 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     chosen = [section for section in SECTIONS if section.chosen(args.only, args.dry_run)]
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        run = Run(args.dry_run, console, progress)
-        path = _run(run, chosen, args.budget, _folder(args.dry_run))
+        run = Run(args.dry_run, _folder(args.dry_run), console, progress)
+        path = _run(run, chosen, args.budget)
     if path is None:
         print("no CUDA device here; --dry-run exercises everything but the GPU", file=sys.stderr)
         return 2

@@ -127,7 +127,7 @@ def test_a_sanitizer_that_leaves_no_summary(bench, tmp_path):
 def test_without_compute_sanitizer_nothing_is_said_to_be_clean(bench, monkeypatch, tmp_path):
     gpu = bench("gpu")
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.sanitized(gpu.Run(True, None, None), time.time() + 60) == {
+    assert gpu.sanitized(gpu.Run(True, tmp_path, None, None), time.time() + 60) == {
         "skipped": {"compute-sanitizer": "not on this machine"}
     }
 
