@@ -332,7 +332,7 @@ def test_a_module_is_torchs_in_all_but_its_kernel(name, device, triton_backend, 
         assert launches.count == 1
         assert of_module(module)[0] is of_module(stock)[0]
     with fusedact.use_backend("auto"):
-        assert torch.equal(ours(x), stock(x))
+        torch.testing.assert_close(ours(x), stock(x), **({} if x.is_cuda else {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize(
