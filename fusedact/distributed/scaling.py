@@ -8,7 +8,7 @@ link's latency for each step, and bytes over its rate. Nothing here asks torch.d
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from math import ceil, inf, log2
+from math import ceil, fsum, inf, log2
 from typing import NamedTuple
 
 from fusedact.autograd.linear_cross_entropy import rows_by_rule
@@ -314,10 +314,10 @@ def head_step(
         flops=3 * 2 * rows * part.classes * hidden,
         collectives=tuple(collectives),
         memory=part.memory(rows, chunk),
-        products=sum(each.logits + each.dx + each.dw for each in chunks),
-        passes=sum(each.statistics + each.gradient for each in chunks) + rounding,
-        exchange=sum(each.exchange for each in chunks),
-        inputs=sum(each.inputs for each in chunks),
+        products=fsum(each.logits + each.dx + each.dw for each in chunks),
+        passes=fsum(each.statistics + each.gradient for each in chunks) + rounding,
+        exchange=fsum(each.exchange for each in chunks),
+        inputs=fsum(each.inputs for each in chunks),
         weights=weights,
         total=_finished(chunks, overlap) + rounding + weights - hidden_behind,
     )
@@ -338,7 +338,7 @@ def _in_turn(chunks: Sequence[tuple[Collective, Collective]]) -> list[Collective
 def _finished(chunks: Sequence[_Chunk], overlap: bool) -> float:
     """When both the chip and the network are done, the chunks in a pipeline of two."""
     if not overlap:
-        return sum(map(sum, chunks))
+        return fsum(map(fsum, chunks))
     chip = network = summed = 0.0  # until when each is busy; when the sum of the former dx is there
     exchanged: list[float] = []
     for at in range(len(chunks) + 1):
