@@ -160,7 +160,7 @@ def ones(*shape, dtype=torch.float32, **options):
         (PROBABILITIES, lambda: (ones(4), ones(4).double()), {}, RuntimeError, "Found dtype Double but expected"),
         (LOGITS, lambda: (ones(4, 3), ones(4, 3), ones(2)), {}, RuntimeError, r"size of tensor a \(3\) must match"),
         (LABELS, lambda: (ones(4, 3), ones(4, 3), ones(2)), {}, RuntimeError, r"size of tensor a \(3\) must match"),
-        (PROBABILITIES, lambda: (ones(3), ones(3), ones(2)), {}, RuntimeError, "broadcast"),
+        (PROBABILITIES, lambda: (ones(3), ones(3), ones(2)), {}, RuntimeError, "broadcast|must match the size"),
         (LOGITS, lambda: (ones(3), ones(3)), {"pos_weight": ones(2)}, RuntimeError, "size of tensor a"),
         (LOGITS, lambda: (ones(3), ones(3), ones(2, 3)), {}, RuntimeError, "doesn't match the broadcast shape"),
         (LOGITS, lambda: (ones(3), ones(3)), {"reduction": "foo"}, ValueError, "foo is not a valid value"),

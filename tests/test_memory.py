@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import fusedact
 from bench import memory
@@ -28,6 +29,8 @@ def small(case: Case) -> Case:
     ],
 )
 def test_formulas_are_what_is_counted(loss, way):
+    if way == "torch's chunks" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has no chunks of its own")
     case = small(loss.case)
     with fusedact.use_backend("triton"):
         runs = contenders(case, seed=0)

@@ -153,7 +153,7 @@ def info(*, linear: Linear = None, dtype: Dtype = "bfloat16", chip: ChipName = N
         raise typer.BadParameter("--chip needs --linear, the layer")
     for package in ("fusedact", "torch", "triton", "numpy"):
         try:
-            version = importlib.metadata.version(package)
+            version = torch.__version__ if package == "torch" else importlib.metadata.version(package)  # and its build
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         print(f"{package:10} {version}")

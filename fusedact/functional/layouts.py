@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fusedact.backend import is_sharded
 
 Names = tuple[Hashable, ...]  # of a tensor's dimensions
+TWICE = TorchVersion(torch.__version__) >= "2.13"  # else torch's redistribute leaves a second derivative out unsaid
 CLASSES = "classes"  # split only for ops that exchange what they need themselves
 
 
@@ -90,7 +92,11 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _Own.apply(gradient) if torch.is_grad_enabled() else gradient
+        if not torch.is_grad_enabled():
+            return gradient
+        if not TWICE:
+            raise RuntimeError("DTensors have a second derivative in torch 2.13 and newer alone: no create_graph")
+        return _Own.apply(gradient)
 
 
 class _Share(torch.autograd.Function):

@@ -175,7 +175,7 @@ def _end_of_model(model: nn.Module) -> tuple[str, nn.Module, End]:
         end = end_of(module, traced.graph)
         if end is not None:
             return path, module, end
-        last = next(reversed(traced.graph.nodes)).args[0]
+        last = next(iter(reversed(traced.graph.nodes))).args[0]
         child = called(module, last) if isinstance(last, fx.Node) else None
         if child is None or next(child.children(), None) is None:
             raise Apart(f"the model ends in {_ending(child, last)}")

@@ -1,7 +1,6 @@
 """What a forward read of its module while it was traced, and whether it would find the same now."""
 
 import functools
-import inspect
 import types
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ class Read(NamedTuple):
         if self.name == "__call__":
             return is_plain(owner)
         if isinstance(self.value, property):
-            return inspect.getattr_static(original(type(owner)), self.name, None) is self.value
+            return static(original(type(owner)), self.name) is self.value
         if self.name == "__class__":
             return original(type(owner)) is self.value
         if isinstance(self.value, Same):
@@ -84,6 +83,14 @@ def is_plain_value(value: Any) -> bool:
     return type(value) in PLAIN or isinstance(value, types.FunctionType | type)
 
 
+def static(kind: type, name: str) -> Any:
+    """What the class has of that name, or ABSENT, as inspect.getattr_static, into which torch 2.11 does not compile."""
+    for base in kind.__mro__:
+        if name in vars(base):
+            return vars(base)[name]
+    return ABSENT
+
+
 def original(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a fused one was made of, also where fully_shard put one of torch.distributed's over that."""
     for base in kind.__mro__:
@@ -101,4 +108,4 @@ def is_fused(kind: type[nn.Module]) -> bool:
 
 def is_sequential(kind: type[nn.Module]) -> bool:
     """Whether it runs our Sequential's forward, as the class that fully_shard made of that does."""
-    return inspect.getattr_static(original(kind), "forward", None) is Sequential.forward
+    return static(original(kind), "forward") is Sequential.forward

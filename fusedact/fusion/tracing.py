@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fusedact.fusion.codes import Constant, Reader, Untraceable
-from fusedact.fusion.reads import ABSENT, DTYPE, PRESENT, TENSOR, Read, Same, is_plain_value, original
+from fusedact.fusion.reads import ABSENT, DTYPE, PRESENT, TENSOR, Read, Same, is_plain_value, original, static
 from fusedact.fusion.recognized import activation_of, transposed_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -239,7 +239,7 @@ class _Tracer(fx.Tracer):
         if name == "__class__":
             self.reads.append(Read(path, name, kind))
             return kind
-        found = inspect.getattr_static(kind, name, ABSENT)
+        found = static(kind, name)
         if isinstance(found, property):
             self.reads.append(Read(path, name, found))
             return self.reader.told(found.fget)(stand)

@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import fusedact
 import fusedact.nn.functional as F
+from fusedact.functional.layouts import TWICE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,6 +55,10 @@ IN_ROWS = [name for name in CASES if name not in IN_CLASSES]
 def test_second_derivatives_equal_one_process(name, mesh, kernels):
     case, tensors = CASES[name], [t.double() if t.is_floating_point() else t for t in drawn(CASES[name])]
     given = [there(t, mesh, letters) for t, (_, letters) in zip(tensors, case.tensors, strict=True)]
+    if not TWICE:
+        with pytest.raises(RuntimeError, match=r"in torch 2\.13 and newer alone"):
+            twice(case.run, given, learned(case, given))
+        return
     ours = [t.full_tensor() for t in twice(case.run, given, learned(case, given))]
     with fusedact.use_backend("torch"):
         torch.testing.assert_close(ours, twice(case.run, tensors, learned(case, tensors)))
@@ -63,7 +68,7 @@ def test_second_derivatives_equal_one_process(name, mesh, kernels):
 def test_second_derivatives_of_classes_in_shards_are_refused(name, mesh):
     case, tensors = IN_CLASSES[name], drawn(IN_CLASSES[name])
     given = [there(t, mesh, letters) for t, (_, letters) in zip(tensors, case.tensors, strict=True)]
-    with pytest.raises(RuntimeError, match="first derivative alone"):
+    with pytest.raises(RuntimeError, match="first derivative alone" if TWICE else r"in torch 2\.13"):
         twice(case.run, given, learned(case, given))
 
 
@@ -193,6 +198,8 @@ def test_rules_trace(mesh, kernels):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["linear of a batch", "head of rows", "softmax along shards", "bce", "prelu", "nll"])
 def test_each_rule_traces(name, equal, mesh):
+    if name == "bce" and not TWICE:
+        pytest.skip("torch 2.11 compiles it as torch's own operations, whose result is placed in another way")
     compiled = torch.compile(CASES[name].run, backend="aot_eager", fullgraph=True)
     check(equal, f"DTensors compiled, {name}", CASES[name], mesh, run=compiled)
 

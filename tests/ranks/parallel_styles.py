@@ -14,6 +14,7 @@ import fusedact
 from fusedact import nn
 from fusedact.distributed import loss_parallel
 from fusedact.distributed.parallel import ColwiseParallel, RowwiseParallel
+from fusedact.functional.layouts import TWICE
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -111,6 +112,8 @@ PLAN = {
 )
 def test_parallel_styles(compiled, equal, rank, world, mesh, kernels):
     """A plan on a model of our layers, whose input is this rank's part of the sequence."""
+    if compiled and not TWICE:
+        pytest.skip("torch 2.11 has no sharding strategy for prelu's backward, which it compiles")
     model, x = Block(), torch.randn(2, 3 * world, 6)
     target = torch.randint(CLASSES, (2 * 3 * world,))
 
