@@ -12,6 +12,7 @@ from fusedact import functional as F
 from fusedact import nn
 
 stock = torch.nn.functional
+TORCH_HAS_THE_HEAD = hasattr(stock, "linear_cross_entropy")  # from 2.13 on; its words for bad input are ours
 CLASSES = {"cross_entropy": "CrossEntropyLoss", "nll_loss": "NLLLoss"}
 BINARY = {
     "binary_cross_entropy": "BCELoss",

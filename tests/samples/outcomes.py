@@ -61,6 +61,7 @@ def outcome(function: Callable, *args: Any, **kwargs: Any) -> Outcome:
         for w in caught
         if "deterministic" not in str(w.message)  # torch.empty is filled with NaN for the kernels' sake
         and "encountered" not in str(w.message)  # numpy, of which the interpreter is made
+        and "array with ndim > 0 to a scalar" not in str(w.message)  # what Triton 3.6's asks of a newer numpy
     ]
     return made
 
