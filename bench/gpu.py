@@ -6,7 +6,7 @@ The record and its tables go to bench/results, or to $OUT where that is set. Eve
 process: what crashes, hangs or loses the device costs that unit alone. Where .git is absent, FUSEDACT_COMMIT names
 the commit. --only runs one section, and may recur: a record of its own, whose sections `bench/report.py` takes together
 with those that were run at the same commit on the same device. `exhaustive`, the tests that `make test` leaves out, and
-`sanitized` run where they are named alone. What pytest printed stands beside the record, in `tests.log`.
+`sanitized` run where they are named alone. What pytest printed stands beside the record: `tests.log`, `exhaustive.log`.
 """
 
 import argparse
