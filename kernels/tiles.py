@@ -140,6 +140,12 @@ def like(number, x):
 
 
 @triton.jit
+def below(n, end, BLOCK: tl.constexpr):
+    """n < end, (BLOCK,): one comparison for a mask. `&` with a scalar's is no mask to Triton 3.9's interpreter."""
+    return tl.full((BLOCK,), n, tl.int32) < end
+
+
+@triton.jit
 def within(offsets, mask, BLOCK: tl.constexpr):
     """A block of offsets, 0 beyond the edge, yet known as contiguous: a load along it takes 16 bytes at once.
 

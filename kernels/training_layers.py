@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .launch import by_triton
 from .metadata import told, training_flops
-from .tiles import blocks_of, grid_barrier, narrow, widen, within
+from .tiles import below, blocks_of, grid_barrier, narrow, widen, within
 from .training import RATES
 from .workspace import cdiv, power_of_2
 
@@ -169,7 +169,7 @@ def gather(pid, programs, step, steps, run, layers, code):
     for tile in range(pid, tiles_k * blocks_of(code.batch, code.rows), programs):
         rows, mask_m = _block(tile // tiles_k, code.batch, code.rows)
         k, mask_k = _block(tile % tiles_k, K, code.width)
-        which = _load_order(rows, mask_m & (step < steps), step, run, code)
+        which = _load_order(rows, mask_m & below(step, steps, code.rows), step, run, code)
         ptrs = run.x + which[:, None].to(tl.int64) * K + k[None, :]
         x = tl.load(ptrs, mask=(which >= 0)[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
         tl.store(x_ptr + rows[:, None] * code.stride + k[None, :], x, mask=mask_m[:, None] & mask_k[None, :])

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .launch import by_triton
 from .metadata import told, training_flops
-from .tiles import grid_barrier
+from .tiles import below, grid_barrier
 from .workspace import cdiv, power_of_2
 
 PROGRAMS = 128  # at most, since each reads the products of all
@@ -187,7 +187,7 @@ def _load_rows(order_ptr, step, steps, batch, BLOCK_B: tl.constexpr):
     """The rows that a step visits, -1 where there is none."""
     lanes = tl.arange(0, BLOCK_B)
     ptrs = order_ptr + tl.cast(step, tl.int64) * batch + lanes
-    return tl.load(ptrs, mask=(lanes < batch) & (step < steps), other=-1)
+    return tl.load(ptrs, mask=(lanes < batch) & below(step, steps, BLOCK_B), other=-1)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def _sum_products(buffer_ptr, programs, SIZE: tl.constexpr, BLOCK_B: tl.constexp
     for first in range(0, programs, AT_ONCE):
         for program in tl.static_range(AT_ONCE):
             ptrs = buffer_ptr + (first + program) * SIZE + offsets
-            mask = (offsets < SIZE) & (first + program < programs)
+            mask = (offsets < SIZE) & below(first + program, programs, BLOCK)
             total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     return tl.reshape(total, (BLOCK_C, BLOCK_B))
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .launch import by_triton
 from .metadata import told, training_flops
+from .tiles import below
 from .workspace import cdiv, power_of_2
 
 LANES = 32  # of a warp; AMD's have 64, and twice the registers
@@ -133,7 +134,7 @@ def _load_rows(order_ptr, step, steps, batch, BLOCK: tl.constexpr):
     """The rows that a step visits, -1 where there is none."""
     lane = tl.arange(0, BLOCK)
     ptrs = order_ptr + tl.cast(step, tl.int64) * batch + lane
-    return tl.load(ptrs, mask=(lane < batch) & (step < steps), other=-1)
+    return tl.load(ptrs, mask=(lane < batch) & below(step, steps, BLOCK), other=-1)
 
 
 @triton.jit
