@@ -23,7 +23,8 @@ from triton.runtime import JITFunction, driver
 
 from .faults import run_again
 
-KNOWN = ("3.6.", "3.7.", "3.8.")  # releases in which what happens between kernel[grid] and compiled.run is as here
+KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # releases in which kernel[grid] does what is done here before compiled.run
+OPTIONS = {"enable_fp_fusion": True}  # x * y + z in one rounding: Triton 3.9 warns where nobody says, 3.10 does without
 VALUES = frozenset({int, bool, str, type(None)})  # of one such type, what is equal compiles alike: not 0.0 and -0.0
 
 
@@ -95,7 +96,7 @@ def launch(kernel, grid, *args, **constants):
     run, function, metadata, rest, global_variables, _ = kept[0]
     for names, name, value in global_variables:
         if names.get(name) is not value:
-            kernel[grid](*args, **constants)  # which raises, unless it is as good as before
+            kernel[grid](*args, **OPTIONS, **constants)  # which raises, unless it is as good as before
             return
     run(
         grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
@@ -112,9 +113,9 @@ def by_triton(kernel, grid, *args, **constants):
 
     def run():
         if type(kernel) is JITFunction:
-            return kernel[grid](*args, **constants)
+            return kernel[grid](*args, **OPTIONS, **constants)
         with INTERPRETER:
-            return kernel[grid](*args, **constants)
+            return kernel[grid](*args, **OPTIONS, **constants)
 
     try:
         return run()

@@ -102,6 +102,7 @@ class Driver:
     utils = SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
         load_binary=lambda *args: (object(), next(COMPILED), 0, 0, 1024),
+        unload_module=lambda module: None,
     )
 
     def __init__(self, target: GPUTarget, device: int = 0):
@@ -119,8 +120,9 @@ MI300 = Driver(GPUTarget("hip", "gfx942", 64), device=3)  # of which nothing is 
 def compile_nothing(src, target, options):
     """A compiled kernel without code, as Triton would read it from its cache."""
     folder = Path(tempfile.mkdtemp(dir=os.environ["TRITON_CACHE_DIR"]))
-    metadata = {"name": src.name, "target": target.__dict__, "num_ctas": 1, "shared": 0}
-    (folder / "kernel.json").write_text(json.dumps(metadata | {"num_warps": options["num_warps"]}))
+    metadata = {"name": src.name, "target": target.__dict__, "num_ctas": 1, "shared": 0, "warp_size": target.warp_size}
+    metadata |= {name: options[name] for name in ("num_warps", "enable_fp_fusion")}
+    (folder / "kernel.json").write_text(json.dumps(metadata))
     binary = f"kernel.{make_backend(target).binary_ext}"
     (folder / binary).write_bytes(b"")
     return CompiledKernel(src, {name: str(folder / name) for name in ("kernel.json", binary)}, src.hash())
@@ -128,7 +130,7 @@ def compile_nothing(src, target, options):
 
 def launch_as_triton(kernel, grid, *args, **constants) -> int:
     """Launch by kernel[grid] and twice by `launch`; the same is given each time. Of the second, how often by Triton."""
-    kernel[grid](*args, **constants)
+    kernel[grid](*args, **warm.OPTIONS, **constants)
     warm.launch(kernel, grid, *args, **constants)
     with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as run:
         warm.launch(kernel, grid, *args, **constants)
@@ -351,12 +353,20 @@ def check_what_fails_or_is_only_compiled_is_not_kept() -> None:
     assert again(SIZE=64) == 0
 
 
+def check_multiply_and_add_is_fused_whatever_tritons_default() -> None:
+    args, constants = arguments(SIZE=128)
+    for default in "01":
+        with mock.patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION=default):
+            assert warm.by_triton(_kernel, (1,), *args, **constants).metadata.enable_fp_fusion
+            _kernel.device_caches.clear()
+
+
 def check_threads() -> None:
     """Each launches what it was asked to, none of which is kept yet."""
     asked = [arguments(n=n, numbers=(n / 2,)) for n in range(40)]
     expected = {}
     for args, constants in asked:
-        _kernel[(1,)](*args, **constants)
+        _kernel[(1,)](*args, **warm.OPTIONS, **constants)
         expected[args[2]] = GIVEN[-1][1:]
     warm._kept.cache_clear()
     GIVEN.clear()
