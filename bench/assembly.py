@@ -30,7 +30,7 @@ class Assembly(NamedTuple):
 # release), R arrival at a grid barrier (release), A look at it (acquire).
 PTX_EVENTS = re.compile(
     r"""(?P<S>\bst\.global) | (?P<B>\bbar\.sync) | (?P<L>\bld\.global\.cg)
-    | (?P<T>\batom\.global\.gpu\.acq_rel\.add\.u32) | (?P<R>\batom\.global\.gpu\.release\.add\.u(?:32|64))
+    | (?P<T>\batom\.global\.gpu\.acq_rel\.add\.u32) | (?P<R>\b(?:atom|red)\.global\.gpu\.release\.add\.u(?:32|64))
     | (?P<A>\bld\.global\.gpu\.acquire) | (?P<G>\bld\.global|\bcp\.async\.c[ag]\.shared\.global)
     | (?P<X>\b(?:atom|red)\.)""",
     re.VERBOSE,
@@ -40,7 +40,7 @@ AMD_EVENTS = re.compile(
     | (?P<T>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add\ .*\ sc0\n
         s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
     | (?P<R>buffer_wbl2\ sc1\n s_waitcnt\ vmcnt\(0\)\n global_atomic_add)
-    | (?P<A>global_load_dword.*\ sc1\n s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
+    | (?P<A>(?:global_load_dword.*\ sc1|global_atomic_or(?:_x2)?\ .*\ sc0)\n s_waitcnt\ vmcnt\(0\)\n buffer_inv\ sc1\n)
     | (?P<G>(?:global|buffer)_load) | (?P<X>_atomic_)""",
     re.VERBOSE,
 )

@@ -127,7 +127,7 @@ def test_a_traced_model_has_no_site(models, capsys):
         (["fuse", "MODELS:torch.ones"], "TypeError"),
         (["fuse", "MODELS:Pair", "--input", "2x5x"], "'2x5x', expected sizes as 4096x1000"),
         (["fuse", "MODELS:Pair", "--input", "0x4"], "'0x4', expected sizes"),
-        (["fuse", "MODELS:Pair", "--input", "2x5"], "--input: the model raised: RuntimeError: mat1 and mat2"),
+        (["fuse", "MODELS:Pair", "--input", "2x5"], "--input: the model raised: RuntimeError: "),
         (["fuse", "MODELS:Pair", "--input", "99999999999x99999999"], "--input: RuntimeError: Storage size calculation"),
         (["fuse", "MODELS:Pair", "--input", "9" * 23], "--input: TypeError: zeros(): argument 'size' failed"),
         (["fuse", "MODELS:exits"], "MODELS:exits: SystemExit: 3"),

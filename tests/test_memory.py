@@ -29,8 +29,8 @@ def small(case: Case) -> Case:
     ],
 )
 def test_formulas_are_what_is_counted(loss, way):
-    if way == "torch's chunks" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("this torch has no chunks of its own")
+    if way == "torch's chunks" and not torch.__version__.startswith("2.13."):
+        pytest.skip("the formula is of torch 2.13's chunks")
     case = small(loss.case)
     with fusedact.use_backend("triton"):
         runs = contenders(case, seed=0)

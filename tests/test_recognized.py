@@ -27,6 +27,10 @@ def module(forward, **attributes):
     return made
 
 
+# The gradient at its ends, which relu6 stops and, until torch 2.15, clamp does not.
+CLAMP_PASSES = bool(torch.func.grad(lambda x: x.clamp(0, 6))(torch.tensor(6.0)))
+
+
 def name_of(made):
     known = activation_of(made)
     return known and known[0].name
@@ -75,7 +79,7 @@ class Swish(nn.SiLU):
         (module(lambda self, x: x * torch.special.ndtr(x)), "gelu"),
         (module(lambda self, x: -F.softplus(-x)), "logsigmoid"),
         (module(lambda self, x: F.relu(x) ** 2), "squared_relu"),
-        (module(lambda self, x: x.clamp(0, 6)), None),  # clamp passes the gradient at its ends
+        (module(lambda self, x: x.clamp(0, 6)), None if CLAMP_PASSES else "relu6"),
         (module(lambda self, x: x / (1 + abs(x))), "softsign"),
         (module(lambda self, x: F.leaky_relu(x)), "leaky_relu"),
         (module(lambda self, x: x - torch.tanh(x)), "tanhshrink"),
