@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 FIRST := .venv-2.11
+NEWEST := .venv-2.15
 # Two processes fill two cores; torch's own threads would wait for each other there.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m
 KERNEL_PROOFS := $(addprefix tests/test_,activations.py linear.py chain.py warm_launch.py bias_activation.py elementwise.py gated.py softmax.py cross_entropy.py class_losses.py class_shards.py bce.py multilabel.py binary_losses.py conv.py conv_ranks.py training_tiny.py training_single.py training_layers.py persistent.py codegen.py launch.py)
 
-.PHONY: demo test test-exhaustive test-oldest test-first test-distributed contract mutants soak fuzz lint lock bench bench-gpu carry docs pictures
+.PHONY: demo test test-exhaustive test-oldest test-first test-newest test-distributed contract mutants soak fuzz lint lock bench bench-gpu carry docs pictures
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m fusedact compare mnist-mlp --out runs/demo
@@ -24,6 +25,9 @@ test-oldest: $(OLDEST)/ready
 
 test-first: $(FIRST)/ready
 	$(call pytest,$(FIRST)) 'not exhaustive and not distributed' --ignore=tests/test_bench.py
+
+test-newest: $(NEWEST)/ready
+	$(call pytest,$(NEWEST)) 'not exhaustive and not distributed' --ignore=tests/test_bench.py
 
 # All that torchrun starts, on 2 and 4 processes of this machine, and how far each is from one process.
 test-distributed: $(VENV)/ready
@@ -97,13 +101,20 @@ define make_venv
 	$(PYTHON) -m venv $(@D)
 endef
 
-# A torch of the index, with what it asks for itself.
-$(FIRST)/ready: pyproject.toml constraints-oldest.txt
+# A torch of the index, with what it asks for itself, among those pins.
+define install_torch
 	$(make_venv)
-	grep -vE '^(torch|triton|setuptools)==' constraints-oldest.txt >$(FIRST)/others.txt
-	$(FIRST)/bin/python -m pip install --quiet "setuptools>=77"
-	$(FIRST)/bin/python -m pip install --quiet --constraint $(FIRST)/others.txt torch==2.11.0 --no-build-isolation --editable ".[gpu,cli,dev,models]"
+	grep -vE '^(torch|triton|setuptools)==' $(2) >$(@D)/others.txt
+	$(@D)/bin/python -m pip install --quiet "setuptools>=77"
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/others.txt torch==$(1) --no-build-isolation --editable ".[gpu,cli,dev,models]"
 	touch $@
+endef
+
+$(FIRST)/ready: pyproject.toml constraints-oldest.txt
+	$(call install_torch,2.11.0,constraints-oldest.txt)
+
+$(NEWEST)/ready: pyproject.toml constraints.txt
+	$(call install_torch,2.15.0,constraints.txt)
 
 # What is pinned comes first, each file checked against its hashes; then ourselves and torch, which hashes.txt leaves out.
 $(VENV)/ready: pyproject.toml constraints.txt hashes.txt
