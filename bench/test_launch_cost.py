@@ -63,7 +63,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def by_triton(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constants)
+        self.kernel[self.grid](*self.args, **launch.OPTIONS, **self.constants)
 
     def by_launch(self) -> None:
         launch.launch(self.kernel, self.grid, *self.args, **self.constants)
@@ -83,7 +83,8 @@ def noted() -> Iterator[dict[str, Launch]]:
 
     def note(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
-        launches.setdefault(name, Launch(self, grid, args, dict(constants)))
+        own = {constant: value for constant, value in constants.items() if constant not in launch.OPTIONS}
+        launches.setdefault(name, Launch(self, grid, args, own))
         return run(self, *args, grid=grid, warmup=warmup, **constants)
 
     with mock.patch.object(JITFunction, "run", note), mock.patch.object(launch, "_watched", lambda kernel: True):
