@@ -106,7 +106,7 @@ def launch(kernel, grid, *args, **constants):
 
 
 def by_triton(kernel, grid, *args, **constants):
-    """kernel[grid](*args, **constants) as it is; interpreted, one at a time whatever thread it comes from.
+    """kernel[grid](*args, **OPTIONS, **constants); interpreted, one at a time whatever thread it comes from.
 
     LaunchError where the kernel cannot be compiled or loaded.
     """

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,9 @@ def test_what_is_damaged_in_tritons_cache_is_compiled_anew_in_its_place(name, ca
     first, second = faulty[name]
     assert first["launched"] == second["launched"] == 1 and second["told"] == []
     assert first["cache"] == second["cache"]
-    if name == "missing binary" and first["told"] == []:
-        return  # Triton 3.9 sees for itself that it is missing
+    if name == "missing binary" and triton.__version__.startswith("3.9."):
+        assert first["told"] == []  # Triton sees for itself that it is missing
+        return
     assert re.fullmatch(f"a damaged kernel in Triton's cache .* was compiled anew .{cause}.*", first["told"][0])
     assert len(first["told"]) == 1
 

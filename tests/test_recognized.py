@@ -27,7 +27,7 @@ def module(forward, **attributes):
     return made
 
 
-# The gradient at its ends, which relu6 stops and, until torch 2.15, clamp does not.
+# The gradient at its ends, which relu6 stops and torch 2.13's clamp, unlike 2.15's, does not.
 CLAMP_PASSES = bool(torch.func.grad(lambda x: x.clamp(0, 6))(torch.tensor(6.0)))
 
 

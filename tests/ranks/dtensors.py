@@ -100,7 +100,7 @@ def test_a_mesh_of_two_dimensions(name, equal, mesh_2d, kernels):
 
 
 def test_a_mean_of_means_is_not_the_mean(equal, mesh, world):
-    """Ranks have other numbers of rows that count, and one has none: torch's own was one, and NaN, until torch 2.15."""
+    """Ranks have other numbers of rows that count, and one has none: torch 2.13's own is a mean of means, and NaN."""
     x = torch.randn(4 * world, CLASSES)
     target = torch.randint(CLASSES, (4 * world,)).masked_fill(torch.arange(4 * world) < 5, -100)
     given = [there(t, mesh, "0") for t in (x, target)]
