@@ -14,6 +14,7 @@ import torch
 
 from fusedact.__main__ import main
 from fusedact.cli.training import COMPARED
+from fusedact.plotting import training_curves
 from fusedact.trainers import LAYERS, TRAINERS, Xor, load_checkpoint, save_checkpoint
 from fusedact.tuning.records import REFERENCE_CHIPS
 
@@ -249,6 +250,29 @@ def test_ctrl_c_keeps_the_whole_epochs(clean_folder, monkeypatch, capsys):
     kept = load_checkpoint(clean_folder / "out" / "xor-fused.pt")
     assert torch.equal(kept["0.weight"], expected.model.state_dict()["0.weight"])
     assert "out/xor-fused.pt" in capsys.readouterr().out
+
+
+@pytest.mark.contract(89)
+def test_ctrl_c_while_it_draws(clean_folder, monkeypatch, capsys):
+    """The epochs' costs and weights are there already, and the picture is drawn after all."""
+
+    def interrupted(*args):
+        monkeypatch.setattr("fusedact.trainers.runs.plotting.training_curves", training_curves)
+        assert len(metrics(clean_folder / "out/xor.csv")) == 3
+        load_checkpoint(clean_folder / "out/xor-fused.pt")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusedact.trainers.runs.plotting.training_curves", interrupted)
+    assert main(["train", "xor", "--epochs", "3", "--out", "out"]) == 130
+    assert "out/xor.png" in capsys.readouterr().out and (clean_folder / "out/xor.png").exists()
+
+
+def test_what_draws_is_imported_before_the_first_epoch(clean_folder, monkeypatch):
+    """Broken off by Ctrl-C at the end, matplotlib could not be imported again for what is then saved."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib\.figure"):
+        main(["train", "xor", "--epochs", "3", "--out", "out"])
+    assert list((clean_folder / "out").iterdir()) == []
 
 
 @pytest.mark.contract(89)

@@ -72,6 +72,24 @@ def test_a_run_in_two_processes_is_one_processs(clean_folder, capsys):
     torch.testing.assert_close(costs(Path("two/perceptron.csv")), costs(Path("one/perceptron.csv")), rtol=1e-6, atol=0)
 
 
+def test_no_thread_of_the_group_outlives_it(clean_folder):
+    """One that let go of a tensor while the interpreter ended would abort the process."""
+    run = ["train", "perceptron", "--epochs", "1", "--data", "xor.csv", "--out", "out", "--device", "cpu"]
+    script = f"""
+import os
+from pathlib import Path
+from fusedact.__main__ import main
+
+assert main({run}) == 0
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+Path("threads" + os.environ["RANK"]).write_text("".join(names))
+"""
+    Path("program.py").write_text(script)
+    ended(start(2, "program"))
+    for rank in (0, 1):
+        assert re.findall(".*gloo.*", Path(f"threads{rank}").read_text()) == []
+
+
 FAULTS = {
     "bench": "bench runs in one process: start it without torchrun, which is for train and for compare --sweep",
     "train xor --batch-size 1001": "Invalid value: batch size 1001 exceeds the 1000 training rows",

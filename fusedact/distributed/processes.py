@@ -1,10 +1,12 @@
 """The processes of a run: who they are, their group by torchrun's environment, and what one of them tells the rest."""
 
+import gc
 import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -61,6 +63,8 @@ def group() -> Iterator[tuple[dist.Store, dist.Store]]:
     """The process group that torchrun's environment describes: gloo for CPUs, NCCL for CUDA. One at hand stays.
 
     Yields the group's own store, and one that outlives it where torchrun keeps it and starts processes again.
+    The group's threads end with it: one that lets go of a tensor while the interpreter ends aborts the process
+    (PyTorch issue 190489).
     """
     if started():
         at_hand: Any = dist.group.WORLD
@@ -69,10 +73,12 @@ def group() -> Iterator[tuple[dist.Store, dist.Store]]:
     store, number, count = next(dist.rendezvous("env://"))
     # Started again, processes would find the dead ones' addresses in torchrun's store.
     own = dist.PrefixStore(f"fusedact/{restarts()}", store) if _outlives_processes() else store
+    import_module("torch.distributed.nn.functional")  # DDP imports it, and its defaults keep a group that is there
     dist.init_process_group(store=own, rank=number, world_size=count)
     try:
         yield own, store
     finally:
+        gc.collect()  # DDP's modules, which keep the group too
         dist.destroy_process_group()
 
 

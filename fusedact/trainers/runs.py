@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -96,6 +97,8 @@ def train(runs: Runs, out: Path | None, every: int | None, show: Callable[[Run, 
     What is done is saved every ten seconds and at the end, and a checkpoint of each after every `every` epochs.
     Returns what was written.
     """
+    if out:
+        import_module("matplotlib.figure")  # before there is anything to save: Ctrl-C in it leaves it in pieces
     saved = time.monotonic()
     while unfinished := [run for run in runs.values() if run.unfinished]:
         run = min(unfinished, key=lambda run: run.trainer.done)
@@ -120,8 +123,8 @@ def save(runs: Runs, out: Path | None) -> list[Path]:
         run.save(path)
     costs = {label: [epoch.cost for epoch in run.epochs] for label, run in done.items()}
     picture, metrics = out / f"{name}.png", out / f"{name}.csv"
-    write_whole(picture, plotting.png(plotting.training_curves(costs, name)))
     write_whole(metrics, _metrics(done))
+    write_whole(picture, plotting.png(plotting.training_curves(costs, name)))
     return [picture, metrics, *checkpoints]
 
 
